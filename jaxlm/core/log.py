@@ -1,0 +1,111 @@
+"""Metrics to JSONL and TensorBoard, and one progress line to the console."""
+
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from tensorboard.summary import Writer
+
+
+def setup_logging() -> None:
+    """Sends the log of this package to standard error: coloured on a terminal, plain lines in a file."""
+    if sys.stderr.isatty():
+        handler = RichHandler(console=Console(stderr=True), show_path=False, log_time_format="%H:%M:%S")
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    for name in ("jaxlm", "recipes"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.INFO)
+
+
+class MetricLog:
+    """Appends each record to `metrics.jsonl` (flushed line by line) and to TensorBoard event files.
+
+    A run that was killed and resumed writes some steps twice; readers take the last line of a step.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board = Writer(str(folder / "tensorboard"))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One record. Values that are not finite are written as null: JSON has no name for them."""
+        finite = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
+        self._file.flush()
+        for name, value in finite.items():
+            if value is not None:
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes both outputs."""
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Records of a `metrics.jsonl` in step order, the last line winning within (step, set of names)."""
+    records = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        records[record["step"], frozenset(record)] = record
+    return [record for _, record in sorted(records.items(), key=lambda item: item[0][0])]
+
+
+class ProgressLine:
+    """A live bar on a terminal; elsewhere one plain line per report."""
+
+    def __init__(self, total: int, start: int = 0) -> None:
+        self._total = total
+        self._bar = None
+        if sys.stdout.isatty():
+            columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=20),
+                       TaskProgressColumn(), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, console=Console(), refresh_per_second=4)
+            self._task = self._bar.add_task("", total=total, completed=start)
+            self._bar.start()
+
+    def report(self, step: int, text: str) -> None:
+        """Shows `text` as the state of the run at `step`."""
+        if self._bar:
+            self._bar.update(self._task, completed=step, description=text)
+        else:
+            print(f"step {step}/{self._total}  {text}", flush=True)
+
+    def say(self, text: str) -> None:
+        """A line that stays: an evaluation, a sample, a checkpoint."""
+        if self._bar:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Ends the live display."""
+        if self._bar:
+            self._bar.stop()
+
+
+def human_count(value: float) -> str:
+    """Three significant digits with a decimal suffix: 1234 -> '1.23k'."""
+    for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g}{suffix}"
+    return f"{value:.3g}"
+
+
+def human_seconds(seconds: float) -> str:
+    """`h:mm:ss`, or `mm:ss` under an hour."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes:02d}:{seconds:02d}"

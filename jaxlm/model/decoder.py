@@ -1,0 +1,188 @@
+"""The decoder as pure functions of a parameter tree. Flax Linen stays inside this package."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxlm.core.mesh import BATCH, constrain
+from jaxlm.model.attention import attention
+from jaxlm.model.cache import Cache, reserve
+from jaxlm.model.config import ComputeConfig, ModelConfig
+from jaxlm.model.layers import MLP, Linear, RMSNorm, rope_tables, rotate
+
+# What a layer keeps for its backward pass; None keeps everything, without `jax.checkpoint`.
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+HEADS = P(("data", "fsdp"), None, "tensor", None)
+
+
+class Output(NamedTuple):
+    """What a model returns."""
+
+    logits: jax.Array | None  # [B, T, V] float32
+    hidden: jax.Array         # [B, T, D] after the final norm, compute dtype
+    cache: Cache | None
+
+
+class Context(NamedTuple):
+    """What every layer shares. None for segments: one document a row; for positions: they are the indices."""
+
+    cos: jax.Array                   # [B or 1, T, 1, H/2] float32
+    sin: jax.Array
+    q_segments: jax.Array | None     # [B, T]
+    kv_segments: jax.Array | None    # [B, S]
+    q_positions: jax.Array | None    # [B, T]
+    kv_positions: jax.Array | None   # [B, S]
+    offset: jax.Array | int          # slot of the first query
+
+
+class SelfAttention(nn.Module):
+    """Queries, keys, values, rotary positions, attention, output projection; writes to the cache if there is one.
+
+    `cache` holds the keys and values of all layers, [L, B, S, K, H] each: carried whole and written in place,
+    it is not copied layer by layer.
+    """
+
+    config: ModelConfig
+    compute: ComputeConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, cache, layer, context):
+        c, dtype = self.config, jnp.dtype(self.compute.dtype)
+
+        def heads(name: str, count: int) -> jax.Array:
+            y = Linear((c.d_model,), (count, c.head_dim), c.init_std, dtype, c.qkv_bias, name=name)(x_BTD)
+            return constrain(y, HEADS)
+
+        q_BTNH, k_BTKH, v_BTKH = heads("query", c.num_heads), heads("key", c.num_kv_heads), \
+            heads("value", c.num_kv_heads)
+        if c.qk_norm:
+            q_BTNH = RMSNorm(c.norm_eps, c.norm_offset, dtype, name="query_norm")(q_BTNH)
+            k_BTKH = RMSNorm(c.norm_eps, c.norm_offset, dtype, name="key_norm")(k_BTKH)
+        q_BTNH = rotate(q_BTNH, context.cos, context.sin)
+        k_BSKH, v_BSKH = rotate(k_BTKH, context.cos, context.sin), v_BTKH
+        if cache is not None:
+            cache = tuple(jax.lax.dynamic_update_slice(old, new[None], (layer, 0, context.offset, 0, 0))
+                          for old, new in zip(cache, (k_BSKH, v_BSKH), strict=True))
+            k_BSKH, v_BSKH = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in cache)
+        y_BTNH = attention(
+            q_BTNH, k_BSKH, v_BSKH, q_segments=context.q_segments, kv_segments=context.kv_segments,
+            q_positions=context.q_positions, kv_positions=context.kv_positions, q_offset=context.offset,
+            window=c.window, backend=self.compute.attention, query_chunk=self.compute.query_chunk)
+        out = Linear((c.num_heads, c.head_dim), (c.d_model,), c.init_std, dtype, name="out")
+        return out(constrain(y_BTNH, HEADS)), cache
+
+
+class Block(nn.Module):
+    """`h = x + attention(norm(x)); h + mlp(norm(h))`. The carry is (x [B, T, D], keys and values or None)."""
+
+    config: ModelConfig
+    compute: ComputeConfig
+
+    @nn.compact
+    def __call__(self, carry, layer, context):
+        c, dtype = self.config, jnp.dtype(self.compute.dtype)
+        x_BTD, cache = carry
+        y_BTD = RMSNorm(c.norm_eps, c.norm_offset, dtype, name="attention_norm")(x_BTD)
+        y_BTD, cache = SelfAttention(c, self.compute, name="attention")(y_BTD, cache, layer, context)
+        x_BTD = x_BTD + y_BTD
+        y_BTD = RMSNorm(c.norm_eps, c.norm_offset, dtype, name="mlp_norm")(x_BTD)
+        x_BTD = constrain(x_BTD + MLP(c, dtype, name="mlp")(y_BTD), BATCH)
+        return (x_BTD, cache), None
+
+
+class Decoder(nn.Module):
+    """Everything but the vocabulary product: tokens [B, T] to hidden states [B, T, D]."""
+
+    config: ModelConfig
+    compute: ComputeConfig
+
+    @nn.compact
+    def __call__(self, tokens_BT, cache, context):
+        c, dtype = self.config, jnp.dtype(self.compute.dtype)
+        embed = nn.Embed(c.vocab_size, c.d_model, dtype=dtype, name="embed",
+                         embedding_init=nn.initializers.normal(c.init_std))
+        x_BTD = constrain(embed(tokens_BT), BATCH)
+        if c.scale_embeddings:
+            x_BTD = x_BTD * jnp.asarray(c.d_model**0.5, dtype)
+        policy = REMAT_POLICIES[self.compute.remat]
+        # Inside a scan nothing can be merged with its recomputation, so the barrier against that is left out.
+        block = nn.remat(Block, policy=policy, prevent_cse=False) if policy else Block
+        layers = nn.scan(
+            block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast),
+            length=c.num_layers, unroll=min(self.compute.scan_unroll, c.num_layers))
+        carry = layers(c, self.compute, name="layers")((x_BTD, cache), jnp.arange(c.num_layers), context)[0]
+        return RMSNorm(c.norm_eps, c.norm_offset, dtype, name="final_norm")(carry[0]), carry[1]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder: `init` makes parameters, `apply` uses them. Hashable, so it may be closed over or static."""
+
+    config: ModelConfig
+    compute: ComputeConfig
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Float32 parameters: kernels and embedding N(0, init_std), norms identity, biases 0. May be jitted."""
+        c = self.config
+        body, head = jax.random.split(key)
+        # One row per device of the context's mesh: the sharding constraints on activations must divide.
+        tokens_BT = jnp.zeros((max(1, jax.sharding.get_abstract_mesh().size), 1), jnp.int32)
+        context = Context(*rope_tables(tokens_BT, c), None, None, None, None, 0)
+        params = Decoder(c, ComputeConfig()).init(body, tokens_BT, None, context)["params"]
+        if not c.tie_embeddings:
+            kernel_DV = c.init_std * jax.random.normal(head, (c.d_model, c.vocab_size))
+            params = {**params, "head": {"kernel": kernel_DV}}
+        return params
+
+    def head(self, params: dict[str, Any]) -> jax.Array:
+        """The matrix from hidden states to logits, [D, V] float32; the embedding's transpose when tied."""
+        return params["embed"]["embedding"].T if self.config.tie_embeddings else params["head"]["kernel"]
+
+    def apply(
+        self, params: dict[str, Any], tokens: jax.Array, *, positions: jax.Array | None = None,
+        segments: jax.Array | None = None, cache: Cache | None = None, logits: bool = True,
+    ) -> Output:
+        """Runs the decoder on tokens [B, T].
+
+        A token attends to the tokens of its own segment at or before its index, within `config.window` positions.
+        `segments` [B, T]: document number within the row, 0 is padding; None: one document a row. `positions`
+        [B, T] for the rotary embedding and the window; None: the index, plus the length of the cache.
+        With `cache`, the T tokens are written to its next slots and see what it holds; the new cache is returned.
+        `logits=False` leaves the vocabulary product to the caller (see `head`).
+        """
+        given, num_new = positions, tokens.shape[1]
+        offset = 0 if cache is None else cache.length
+        if positions is None:
+            positions = offset + jnp.arange(num_new)[None]
+        if cache is None:
+            context = Context(*rope_tables(positions, self.config), segments, segments, given, given, 0)
+        else:
+            segments = jnp.ones(tokens.shape, jnp.int32) if segments is None else segments
+            positions = jnp.broadcast_to(positions, tokens.shape)
+            cache = reserve(cache, segments, positions)
+            context = Context(*rope_tables(positions, self.config), segments, cache.segments,
+                              positions, cache.positions, offset)
+        kv = None if cache is None else (cache.k, cache.v)
+        hidden, kv = Decoder(self.config, self.compute).apply({"params": params}, tokens, kv, context)
+        if cache is not None:
+            cache = cache._replace(k=kv[0], v=kv[1])
+        scores = None
+        if logits:
+            head_DV = self.head(params).astype(hidden.dtype)
+            scores = jnp.einsum("BTD,DV->BTV", hidden, head_DV, preferred_element_type=jnp.float32)
+        return Output(scores, hidden, cache)
+
+
+def build(config: ModelConfig, compute: ComputeConfig | None = None) -> Model:
+    """The model of a configuration; float32 on the default kernels unless `compute` says otherwise."""
+    return Model(config, compute or ComputeConfig())

@@ -1,0 +1,101 @@
+"""The parts of a decoder layer: projections, norm, rotary positions, gated MLP.
+
+Parameters are float32; every module casts what it uses to its compute dtype.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxlm.core.mesh import constrain
+from jaxlm.model.config import ModelConfig, RopeScaling
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
+
+
+class Linear(nn.Module):
+    """A tensor product over the last axes of the input: [..., *inputs] to [..., *outputs]."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    init_std: float
+    dtype: jnp.dtype
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", nn.initializers.normal(self.init_std), self.inputs + self.outputs)
+        n = len(self.inputs)
+        contract = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
+        y = jax.lax.dot_general(x, kernel.astype(self.dtype), (contract, ((), ())))
+        if not self.use_bias:
+            return y
+        bias = self.param("bias", nn.initializers.zeros, self.outputs).astype(self.dtype)
+        return y + jnp.expand_dims(bias, tuple(range(y.ndim - bias.ndim)))
+
+
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x^2) + eps) * (offset + scale)` over the last axis (Zhang and Sennrich, arXiv:1910.07467).
+
+    The mean is float32. As in the reference models, Llama's weight multiplies after the cast to the compute
+    dtype, Gemma's (offset 1) before it.
+    """
+
+    eps: float
+    offset: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.constant(1.0 - self.offset), (x.shape[-1],))
+        scale = jnp.expand_dims(scale + self.offset, tuple(range(x.ndim - 1)))
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        return (y * scale).astype(self.dtype) if self.offset else y.astype(self.dtype) * scale.astype(self.dtype)
+
+
+class MLP(nn.Module):
+    """`down(activation(gate(x)) * up(x))` (Shazeer 2020, arXiv:2002.05202)."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        c = self.config
+        gate_BTF = Linear((c.d_model,), (c.d_ff,), c.init_std, self.dtype, name="gate")(x_BTD)
+        up_BTF = Linear((c.d_model,), (c.d_ff,), c.init_std, self.dtype, name="up")(x_BTD)
+        h_BTF = ACTIVATIONS[c.activation](gate_BTF) * up_BTF
+        h_BTF = constrain(h_BTF, P(("data", "fsdp"), None, "tensor"))
+        return Linear((c.d_ff,), (c.d_model,), c.init_std, self.dtype, name="down")(h_BTF)
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
+    """Radians per position of each channel pair, [H/2] float32: `theta^(-2i/H)`, then stretched by `scaling`."""
+    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    frequencies = 1.0 / theta**exponents
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    # Turns made within the original context: few turns are stretched, many are kept, between them a blend.
+    turns = scaling.original_max_positions * frequencies / (2 * math.pi)
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = jnp.clip(keep, 0.0, 1.0)
+    return frequencies * (keep + (1 - keep) / scaling.factor)
+
+
+def rope_tables(positions_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines, [B, T, 1, H/2] float32 each, for positions [B, T] (or [1, T] for all rows)."""
+    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    angles = positions_BT.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turns channel pairs (i, i + H/2) by their angles, in float32 (Su et al. 2021, arXiv:2104.09864)."""
+    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate((a * cos - b * sin, b * cos + a * sin), axis=-1).astype(x_BTNH.dtype)

@@ -1,0 +1,145 @@
+"""Checkpoints: state, data position, configuration and tokenizer in one folder per step, written by orbax.
+
+    checkpoints/1200/state/      the TrainState, tensorstore, any mesh can read it
+    checkpoints/1200/data/       position of the data stream, one JSON per process
+    checkpoints/1200/config/     the run's configuration
+    checkpoints/1200/tokenizer/  the tokenizer's own files
+
+A folder gets its final name only when all of it is written, so a killed run leaves the last complete step.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from jaxlm.train.state import TrainState
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save and what to keep."""
+
+    every: int = 500       # steps between checkpoints; the last step is always saved
+    keep_last: int = 2     # newest checkpoints kept
+    keep_every: int = 0    # also keep each multiple of this many steps; 0 keeps none
+
+    def __post_init__(self):
+        if self.every < 1 or self.keep_last < 1 or self.keep_every < 0:
+            raise ValueError("checkpoint.every and keep_last must be at least 1, keep_every at least 0")
+
+
+class Resumable(Protocol):
+    """A stream whose position is a JSON value."""
+
+    def get_state(self) -> Any: ...
+    def set_state(self, state: Any) -> None: ...
+
+
+class CheckpointError(ValueError):
+    """A checkpoint could not be written, found or used."""
+
+
+class FolderHandler(ocp.CheckpointHandler):
+    """Writes `{name: bytes}` as plain files, so that people and other programs can open them."""
+
+    def save(self, directory: epath.Path, args: "FolderSave") -> None:
+        if jax.process_index() == 0:
+            for name, content in args.files.items():
+                (directory / name).write_bytes(content)
+
+    def restore(self, directory: epath.Path, args: "FolderRestore | None" = None) -> dict[str, bytes]:
+        files = (path for path in sorted(directory.iterdir()) if path.name != "commit_success.txt")  # orbax's own
+        return {path.name: path.read_bytes() for path in files}
+
+
+@ocp.args.register_with_handler(FolderHandler, for_save=True)
+@dataclass
+class FolderSave(ocp.args.CheckpointArgs):
+    files: dict[str, bytes]
+
+
+@ocp.args.register_with_handler(FolderHandler, for_restore=True)
+@dataclass
+class FolderRestore(ocp.args.CheckpointArgs):
+    pass
+
+
+class Checkpointer:
+    """Saves in the background and restores the newest complete checkpoint of one run folder.
+
+    `config` and `files` (the tokenizer's) are written into every checkpoint, so each is usable alone.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig, run_config: dict[str, Any], files: dict[str, bytes]):
+        self.folder = folder.absolute() / "checkpoints"
+        self.every = config.every
+        self._config, self._files = run_config, files
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep_last, keep_period=config.keep_every or None, create=True,
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def save(self, state: TrainState, data: Resumable) -> None:
+        """Starts writing; returns when the arrays are copied. An error of the previous write is raised here."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        position = {f"process_{jax.process_index()}": data.get_state(), "processes": jax.process_count()}
+        try:
+            self._manager.save(step, args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                data=ocp.args.JsonSave(position),
+                config=ocp.args.JsonSave(self._config),
+                tokenizer=FolderSave(self._files),
+            ))
+        except OSError as error:
+            raise self._write_error(step, error) from error
+
+    def wait(self) -> None:
+        """Blocks until everything is on disk. CheckpointError if a write failed."""
+        try:
+            self._manager.wait_until_finished()
+        except OSError as error:
+            raise self._write_error(None, error) from error
+
+    def restore(self, abstract: TrainState, data: Resumable) -> TrainState:
+        """The newest complete state, in the shardings of `abstract`; moves `data` to its position."""
+        step = self.latest_step()
+        restored = self._manager.restore(step, args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore(),
+        ))
+        data.set_state(restored["data"][f"process_{jax.process_index()}"])
+        return restored["state"]
+
+    def latest_step(self) -> int:
+        """Step of the newest complete checkpoint; CheckpointError when there is none."""
+        step = self._manager.latest_step()
+        if step is None:
+            raise CheckpointError(f"no complete checkpoint in {self.folder}; start without --resume")
+        return step
+
+    def saved_config(self) -> dict[str, Any]:
+        """The configuration inside the newest checkpoint."""
+        args = ocp.args.Composite(config=ocp.args.JsonRestore())
+        return self._manager.restore(self.latest_step(), args=args)["config"]
+
+    def saved_files(self) -> dict[str, bytes]:
+        """The tokenizer files inside the newest checkpoint."""
+        args = ocp.args.Composite(tokenizer=FolderRestore())
+        return self._manager.restore(self.latest_step(), args=args)["tokenizer"]
+
+    def close(self) -> None:
+        """Waits for the writer and stops its threads."""
+        self.wait()
+        self._manager.close()
+
+    def _write_error(self, step: int | None, error: OSError) -> CheckpointError:
+        kept = self._manager.latest_step()
+        return CheckpointError(
+            f"checkpoint{'' if step is None else f' of step {step}'} could not be written to {self.folder}: {error}; "
+            f"the last complete one is {'none' if kept is None else f'step {kept}'}"
+        )

@@ -1,0 +1,170 @@
+"""The training loop, straight down: evaluate, save, dispatch a step, then read the metrics of the step before."""
+
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+from jax.sharding import Mesh
+
+from jaxlm.core.log import MetricLog, ProgressLine, human_count, human_seconds
+from jaxlm.core.mesh import put_batch
+from jaxlm.train.checkpoint import Checkpointer
+from jaxlm.train.measure import Stopwatch, memory_bytes
+from jaxlm.train.state import TrainState
+from jaxlm.train.step import Metrics, Step
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long to train and how often to look."""
+
+    steps: int = 1000           # batches in the whole run
+    log_every: int = 10         # steps between records
+    eval_every: int = 500       # steps between evaluations; the last step is always evaluated
+    max_skipped: int = 10       # stop after this many steps in a row with a non-finite loss or gradient
+
+    def __post_init__(self):
+        for name in ("steps", "log_every", "eval_every", "max_skipped"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"loop.{name} must be at least 1, got {getattr(self, name)}")
+
+
+class Batches(Protocol):
+    """A stream of host batches whose position can be saved."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+    def __next__(self) -> Any: ...
+    def get_state(self) -> Any: ...
+    def set_state(self, state: Any) -> None: ...
+    def stats(self) -> Mapping[str, float]: ...
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradient was not finite for too many steps in a row."""
+
+
+def fit(
+    state: TrainState,
+    step: Step,
+    batches: Batches,
+    *,
+    mesh: Mesh,
+    config: LoopConfig,
+    checkpointer: Checkpointer,
+    metric_log: MetricLog,
+    flops_ratio: float,
+    evaluate: Callable[[Any, int], tuple[Mapping[str, float], str]] | None = None,
+) -> tuple[TrainState, bool]:
+    """Trains from `state.step` to `config.steps`; returns the state and whether the run got to its end.
+
+    SIGTERM or SIGINT ends the run after the step in flight, with a checkpoint. Checkpoints hold the state before a
+    step and the data position before its batch, so a resumed run repeats nothing and skips nothing.
+
+    Args:
+      evaluate: `params, step -> (numbers to log, text to show)`, called outside the timed part.
+      flops_ratio: model FLOPs per token / peak FLOP/s of all devices; times tokens/s it is the MFU.
+    """
+    start = int(state.step)
+    progress = ProgressLine(config.steps, start)
+    reporter = _Reporter(config, metric_log, progress, batches, flops_ratio)
+    pending: tuple[int, Metrics] | None = None
+    with contextlib.closing(progress), stop_on_signal() as stop, jax.set_mesh(mesh):
+        for number in range(start, config.steps + 1):
+            last = number == config.steps
+            if evaluate and (last or (number % config.eval_every == 0 and number > start)):
+                with reporter.stopwatch:
+                    reporter.evaluation(number, *evaluate(state.params, number))
+            if last or stop.is_set() or (number % checkpointer.every == 0 and number > start):
+                with reporter.stopwatch:
+                    checkpointer.save(state, batches)
+            if last or stop.is_set():
+                break
+            state, metrics = step(state, put_batch(next(batches), mesh))
+            if pending:
+                reporter.step(*pending)
+            pending = number + 1, metrics
+        if pending:
+            reporter.step(*pending)
+    checkpointer.wait()
+    if not last:
+        log.warning("stopped by a signal at step %d; continue with --resume", number)
+    return state, last
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[threading.Event]:
+    """An event that SIGTERM or SIGINT sets; a second signal acts as usual. Only the main thread can listen."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def handle(signum: int, frame: object) -> None:
+        event.set()
+        signal.signal(signum, previous[signum])
+
+    previous = {signum: signal.signal(signum, handle) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield event
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+class _Reporter:
+    """Turns the metrics of finished steps into records, a progress line and the stop after bad steps."""
+
+    def __init__(self, config: LoopConfig, metric_log: MetricLog, progress: ProgressLine, batches: Batches,
+                 flops_ratio: float):
+        self.config, self.metric_log, self.progress, self.batches = config, metric_log, progress, batches
+        self.flops_ratio = flops_ratio
+        self.stopwatch = Stopwatch()
+        self.tokens = self.steps = self.skipped = self.skipped_in_row = 0
+        self.first = True  # the first step is reported at once: it holds the compilation, which later rates leave out
+
+    def step(self, number: int, metrics: Metrics) -> None:
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.tokens += values.pop("tokens")
+        self.steps += 1
+        self._count_skipped(number, values)
+        if number % self.config.log_every and number != self.config.steps and not self.first:
+            return
+        seconds = self.stopwatch.read()
+        rate = self.tokens / seconds
+        left = (self.config.steps - number) * seconds / self.steps
+        values |= {
+            "skipped": self.skipped, "tokens_per_second": rate, "mfu": rate * self.flops_ratio,
+            "memory_gb": memory_bytes() / 2**30, **self.batches.stats(),
+        }
+        self.metric_log.write(number, values)
+        self.progress.report(number, "  ".join((
+            f"loss {values['loss']:.4f}", f"lr {values['lr']:.2e}", f"grad {values['grad_norm']:.2f}",
+            f"{human_count(rate)} tok/s", f"MFU {values['mfu']:.1%}", f"{values['memory_gb']:.2f} GB",
+            f"left {human_seconds(left)}",
+        )))
+        self.tokens = self.steps = 0
+        self.first = False
+
+    def evaluation(self, number: int, values: Mapping[str, float], text: str) -> None:
+        self.metric_log.write(number, values)
+        self.progress.say(text)
+
+    def _count_skipped(self, number: int, values: Mapping[str, float]) -> None:
+        if not values["skipped"]:
+            self.skipped_in_row = 0
+            return
+        self.skipped += 1
+        self.skipped_in_row += 1
+        log.warning("step %d skipped: loss %s, gradient norm %s", number, values["loss"], values["grad_norm"])
+        if self.skipped_in_row >= self.config.max_skipped:
+            raise NonFiniteError(
+                f"loss or gradient not finite in {self.skipped_in_row} steps in a row, the last one step {number}; "
+                "lower optim.lr, or look at the data of these steps"
+            )

@@ -1,0 +1,38 @@
+"""The training state: three fields, nothing hidden."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxlm.core.mesh import Rules, tree_shardings
+
+
+class TrainState(NamedTuple):
+    """Everything that a step reads and writes. Random keys are derived from the step (`core.rng`), not stored."""
+
+    step: jax.Array  # scalar int32, batches consumed so far
+    params: Any      # float32 parameter tree
+    opt_state: Any   # optax state
+
+
+def abstract_state(init: Callable[[jax.Array], Any], tx: optax.GradientTransformation) -> TrainState:
+    """Shapes and types of the state, without allocating it."""
+    return jax.eval_shape(lambda key: _new_state(init, tx, key), jax.random.key(0))
+
+
+def init_state(
+    init: Callable[[jax.Array], Any], tx: optax.GradientTransformation, key: jax.Array, mesh: Mesh, rules: Rules
+) -> TrainState:
+    """A new state, each leaf created in place under its sharding; the numbers do not depend on the mesh."""
+    shardings = tree_shardings(abstract_state(init, tx), rules, mesh)
+    with jax.set_mesh(mesh):
+        return jax.jit(lambda key: _new_state(init, tx, key), out_shardings=shardings)(key)
+
+
+def _new_state(init: Callable[[jax.Array], Any], tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    params = init(key)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))

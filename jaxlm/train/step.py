@@ -1,0 +1,107 @@
+"""The training step: gradient accumulation, one division by the global weight, finite check, update."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxlm.core.masked import Mean
+from jaxlm.core.mesh import BATCH, Rules, constrain, tree_shardings
+from jaxlm.core.rng import derive
+from jaxlm.train.state import TrainState
+
+# (params, batch, key) -> (sum of the loss over the batch, metrics); metrics["loss"].weight is what divides the sum.
+Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, Mean]]]
+Metrics = dict[str, jax.Array]
+Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+
+
+def make_step(
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    mesh: Mesh,
+    rules: Rules,
+    accumulate: int = 1,
+    seed: int = 0,
+) -> Step:
+    """A jitted `state, batch -> state, metrics`; the state is donated.
+
+    The gradient is the sum over all micro-batches divided once by the summed weight of `metrics["loss"]`, so a
+    batch gives the same update in 1 or in 4 micro-batches and on 1 or 8 devices. A step whose loss or gradient is
+    not finite changes nothing but `step`; `metrics["skipped"]` is 1 then.
+
+    Args:
+      accumulate: micro-batches per step; must divide the rows of each device.
+    """
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        grads, means = _accumulate(loss, state.params, batch, derive(seed, "train", state.step), accumulate)
+        weight = jnp.maximum(means["loss"].weight, 1)
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        norm = optax.tree.norm(grads)
+        metrics = {name: mean.value() for name, mean in means.items()}
+        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        metrics |= {
+            "grad_norm": norm,
+            "lr": jnp.asarray(schedule(update_count(state.opt_state)), jnp.float32),
+            "tokens": means["loss"].weight,
+            "skipped": 1 - finite.astype(jnp.float32),
+        }
+        state = TrainState(state.step + 1, keep(params, state.params), keep(opt_state, state.opt_state))
+        # The same table names the output's shardings, so that the state keeps its layout from step to step.
+        return jax.lax.with_sharding_constraint(state, tree_shardings(state, rules, mesh)), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def update_count(opt_state: Any) -> jax.Array:
+    """Updates applied so far, as optax counts them; skipped steps are not updates."""
+    return optax.tree.get_all_with_path(opt_state, "count")[0][1]
+
+
+def _accumulate(
+    loss: Loss, params: Any, batch: Any, key: jax.Array, num_micro: int
+) -> tuple[Any, dict[str, Mean]]:
+    """Sum of gradients and of metrics over `num_micro` slices of the batch."""
+    gradient = jax.grad(loss, has_aux=True)
+    if num_micro == 1:
+        return gradient(params, batch, key)
+
+    def split(leaf: jax.Array) -> jax.Array:
+        # Micro-batch i takes rows i, i + A, i + 2A, ...: each device then cuts the rows that it holds already.
+        rows = leaf.reshape(leaf.shape[0] // num_micro, num_micro, *leaf.shape[1:])
+        return constrain(jnp.swapaxes(rows, 0, 1), P(None, *BATCH))
+
+    def body(total: Any, inputs: tuple[Any, jax.Array]) -> tuple[Any, None]:
+        part, index = inputs
+        out = gradient(params, part, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, out), None
+
+    micro = jax.tree.map(split, batch)
+    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda leaf: leaf[0], micro), key)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    total, _ = jax.lax.scan(body, zeros, (micro, jnp.arange(num_micro)))
+    return total
+
+
+def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
+    """ValueError unless a global batch splits evenly over the batch axes of the mesh and the micro-batches."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if accumulate < 1 or batch_size % (devices * accumulate):
+        raise ValueError(
+            f"batch size {batch_size} does not divide into {accumulate} micro-batches on {devices} devices; "
+            f"use a multiple of {devices * max(accumulate, 1)}"
+        )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of a value that every device holds whole."""
+    return NamedSharding(mesh, P())

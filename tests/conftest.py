@@ -1,0 +1,18 @@
+"""Strict settings for every test: 8 CPU devices, rank promotion raises, warnings are errors, compiled programs cached.
+
+The compile cache lies in `$JAX_COMPILATION_CACHE_DIR` when the environment names one (keep it outside the clone and
+it survives a fresh checkout), else in `.cache/jax` of the clone.
+"""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+
+import jax
+
+jax.config.update("jax_numpy_rank_promotion", "raise")

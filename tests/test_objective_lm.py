@@ -1,0 +1,76 @@
+"""Cross-entropy against torch, and the chunked form against the plain one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from jaxlm.core.masked import aggregate
+from jaxlm.objective.lm import chunked_cross_entropy, cross_entropy
+
+B, T, D, V = 2, 8, 4, 11
+
+
+@pytest.fixture
+def arrays():
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(B, T, D)).astype(np.float32)
+    head = rng.normal(size=(D, V)).astype(np.float32)
+    targets = rng.integers(0, V, size=(B, T)).astype(np.int32)
+    return hidden, head, targets
+
+
+def test_values_equal_torch(arrays):
+    hidden, head, targets = arrays
+    logits = 5 * hidden @ head
+    loss = cross_entropy(jnp.asarray(logits), jnp.asarray(targets))
+    peer = torch.tensor(logits)
+    expected = torch.nn.functional.cross_entropy(
+        peer.reshape(-1, V), torch.tensor(targets).long().reshape(-1), reduction="none"
+    )
+    np.testing.assert_allclose(loss.nll.reshape(-1), expected.numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(loss.log_z, peer.logsumexp(-1).numpy(), rtol=1e-6)
+    np.testing.assert_array_equal(loss.correct, (logits.argmax(-1) == targets).astype(np.float32))
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2, 8])
+def test_chunks_change_neither_values_nor_gradients(arrays, num_chunks):
+    hidden, head, targets = (jnp.asarray(x) for x in arrays)
+    weights = jnp.linspace(0, 1, B * T).reshape(B, T)
+
+    def chunked(hidden, head):
+        loss = chunked_cross_entropy(hidden, head, targets, num_chunks)
+        return jnp.sum(weights * (loss.nll + 0.1 * loss.log_z**2)), loss
+
+    def plain(hidden, head):
+        loss = cross_entropy(hidden @ head, targets)
+        return jnp.sum(weights * (loss.nll + 0.1 * loss.log_z**2)), loss
+
+    (_, got), got_grads = jax.value_and_grad(chunked, (0, 1), has_aux=True)(hidden, head)
+    (_, want), want_grads = jax.value_and_grad(plain, (0, 1), has_aux=True)(hidden, head)
+    for a, b in zip(jax.tree.leaves((got, got_grads)), jax.tree.leaves((want, want_grads)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_chunks_must_divide_the_sequence(arrays):
+    with pytest.raises(ValueError, match="3 does not divide the sequence length 8"):
+        chunked_cross_entropy(*arrays, num_chunks=3)
+
+
+def test_a_masked_target_has_no_gradient_even_when_it_is_nan(arrays):
+    hidden, head, targets = (jnp.asarray(x) for x in arrays)
+    mask = jnp.ones((B, T)).at[0, 3].set(0)
+
+    def loss(logits):
+        mean = aggregate(cross_entropy(logits, targets).nll, mask)
+        return mean.total / mean.weight
+
+    logits = (hidden @ head).at[0, 3].set(jnp.nan)
+    value, grad = jax.value_and_grad(loss)(logits)
+    assert jnp.isfinite(value)
+    assert mask.sum() == B * T - 1
+    clean = jnp.isfinite(grad).all(axis=-1)
+    assert clean[mask == 1].all()
+    zero = jax.grad(loss)(hidden @ head)[0, 3]
+    np.testing.assert_array_equal(zero, jnp.zeros(V))
