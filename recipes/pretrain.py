@@ -3,36 +3,41 @@
 Reproduces the pretraining of KORMo (arXiv 2510.09426) at any scale: tokenizer, mixture, packing with an
 intra-document mask, AdamW with warmup-stable-decay, held-out bits per byte and greedy samples while it trains.
 
-    python -m recipes.pretrain --preset smoke                    embedded data, 2 CPU cores, about 2 minutes
+    python -m recipes.pretrain --preset smoke                      embedded data, 2 CPU cores, about 2 minutes
     python -m recipes.pretrain --preset smoke --data.path my.jsonl.gz --optim.lr 1e-3
     python -m recipes.pretrain --config runs/pretrain/config.json --resume
 
-Results and exact commands: docs/results.md. Left out: the stages after stage 1.
+Results and exact commands: docs/results.md. Left out: KORMo's data and the stages after stage 1.
 """
 
-import contextlib
 import logging
-import shutil
-import sys
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+from jax.sharding import Mesh
 
 from jaxlm.core import config as flags
 from jaxlm.core.batch import LMBatch
-from jaxlm.core.log import MetricLog, setup_logging
+from jaxlm.core.log import MetricLog, human_count, setup_logging
 from jaxlm.core.masked import Mean, aggregate
 from jaxlm.core.mesh import MeshConfig, make_mesh
 from jaxlm.core.rng import derive
 from jaxlm.core.tree import count_parameters
-from jaxlm.data.pipeline import PipelineConfig, eval_batches, make_pipeline
-from jaxlm.data.sources import SourceConfig, open_source, parse_source
-from jaxlm.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, train_sentencepiece
+from jaxlm.data.examples import excluded_ids
+from jaxlm.data.pipeline import Batches, PipelineConfig, eval_batches, make_pipeline
+from jaxlm.data.sources import Source, open_source, parse_source
+from jaxlm.data.tokenizer import (
+    Tokenizer,
+    check_vocabulary,
+    load_tokenizer,
+    save_tokenizer,
+    tokenizer_from_files,
+    train_sentencepiece,
+)
 from jaxlm.eval.likelihood import bits_per_byte
 from jaxlm.generate.decode import greedy_decode, left_pad
 from jaxlm.model.config import ComputeConfig, ModelConfig, flops_per_token
@@ -42,11 +47,247 @@ from jaxlm.model.presets import MODELS
 from jaxlm.objective.lm import chunked_cross_entropy
 from jaxlm.optim.optimizer import OptimConfig, make_optimizer
 from jaxlm.optim.schedule import ScheduleConfig, make_schedule
-from jaxlm.train.checkpoint import CheckpointConfig, Checkpointer
+from jaxlm.train.checkpoint import CheckpointConfig, Checkpointer, CheckpointError, saved_run
 from jaxlm.train.curves import plot_curves
+from jaxlm.train.folder import check_folder, check_resumable, clear_folder
 from jaxlm.train.loop import LoopConfig, NonFiniteError, fit
 from jaxlm.train.measure import peak_flops
 from jaxlm.train.state import abstract_state, init_state
-from jaxlm.train.step import check_batch, make_step
+from jaxlm.train.step import Loss, check_batch, make_step
 
-log = logging.getLogger(__name__)
+PROG = "recipes.pretrain"
+log = logging.getLogger(PROG)  # as a module with flags, this file is called __main__
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read. A source is `path?option=value&...`; see README, "Data"."""
+
+    path: tuple[str, ...] = ("sample:ko?documents=20000", "sample:en?documents=20000")
+    held_out: tuple[str, ...] = (  # bits per byte are measured on these, by language
+        "sample:ko?documents=100&split=held_out", "sample:en?documents=100&split=held_out")
+    max_bad_rows: int = 0                # rows of one source that may be unreadable
+    never_predict: tuple[str, ...] = ()  # symbols that are input but no target; KORMo: <think>
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Where the tokenizer comes from."""
+
+    path: str = "train"           # train: sentencepiece on the sources; bytes; or a folder or file
+    documents: int = 50_000       # train: at most this many documents, evenly from the sources
+    symbols: tuple[str, ...] = ("<think>", "</think>", "<|BOT|>", "<|EOT|>")  # train: whole tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One pretraining run."""
+
+    model: ModelConfig
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    accumulate: int = 1        # micro-batches per step
+    z_loss: float = 0.0        # weight of log(Z)^2 per token
+    loss_chunks: int = 1       # parts of a row whose logits exist at once
+    prompts: tuple[str, ...] = ("일본의 통화는", "독일어는", "The currency of Japan is", "In Korean, Germany")
+    sample_tokens: int = 32    # greedy tokens after each prompt
+    seed: int = 42
+    folder: Path = Path("runs/pretrain")
+    resume: bool = False       # continue the run in `folder` from its last complete checkpoint
+    overwrite: bool = False    # delete the run in `folder` first
+
+
+_KORMO = Config(
+    model=MODELS["kormo_1b"],
+    compute=ComputeConfig(dtype="bfloat16", remat="dots_no_batch"),
+    data=DataConfig(never_predict=("<think>",)),
+    pipeline=PipelineConfig(batch_size=1024, seq_len=4096, boundary_targets=True, reset_positions=False, workers=8),
+    optim=OptimConfig(lr=1e-3, schedule=ScheduleConfig(min_ratio=0.05)),
+    mesh=MeshConfig(data=1, fsdp=-1),
+    loop=LoopConfig(steps=14_305, eval_every=1000),  # 60 G tokens
+    checkpoint=CheckpointConfig(every=1000, keep_every=5000),
+    loss_chunks=8,
+)
+PRESETS = {
+    "smoke": Config(
+        model=MODELS["tiny"],
+        pipeline=PipelineConfig(batch_size=16, seq_len=128),
+        optim=OptimConfig(lr=3e-3, schedule=ScheduleConfig(decay=0.3)),
+        loop=LoopConfig(steps=300, log_every=20, eval_every=100),
+        checkpoint=CheckpointConfig(every=100),
+    ),
+    "base": Config(
+        model=MODELS["base"],
+        pipeline=PipelineConfig(batch_size=32, seq_len=256),
+        optim=OptimConfig(lr=2e-3, schedule=ScheduleConfig(decay=0.3)),
+        loop=LoopConfig(steps=1000, eval_every=200),
+        checkpoint=CheckpointConfig(every=100),
+        accumulate=4,
+    ),
+    "kormo_1b": _KORMO,
+    "kormo_10b": replace(
+        _KORMO, model=MODELS["kormo_10b"], optim=replace(_KORMO.optim, lr=7e-4),
+        pipeline=replace(_KORMO.pipeline, batch_size=2048), loop=LoopConfig(steps=119_209, eval_every=1000)),  # 1 T
+}
+
+
+def make_loss(model: Model, *, z_loss: float = 0.0, chunks: int = 1) -> Loss:
+    """Summed next-token cross-entropy, plus `z_loss * log(Z)^2` per token (PaLM, section 5)."""
+    def loss(params: Any, batch: LMBatch, key: jax.Array) -> tuple[jax.Array, dict[str, Mean]]:
+        hidden = model.apply(
+            params, batch.tokens, positions=batch.positions, segments=batch.segments, logits=False).hidden
+        out = chunked_cross_entropy(hidden, model.head(params), batch.targets, chunks)
+        nll = aggregate(out.nll, batch.loss_mask)
+        metrics = {"loss": nll, "accuracy": aggregate(out.correct, batch.loss_mask)}
+        if not z_loss:
+            return nll.total, metrics
+        squared = aggregate(out.log_z**2, batch.loss_mask)
+        return nll.total + z_loss * squared.total, metrics | {"log_z_squared": squared}
+
+    return loss
+
+
+def make_evaluation(
+    config: Config, model: Model, tokenizer: Tokenizer, held_out: Sequence[Source], mesh: Mesh
+) -> Callable[[Any, int], tuple[dict[str, float], str]]:
+    """`params, step -> (bits per byte of each language, a report with greedy samples)`."""
+    texts = defaultdict(list)
+    for source in held_out:
+        for document in filter(None, (source[i] for i in range(len(source)))):
+            texts[document.language or source.name].append(document)
+    rows = config.pipeline.batch_size // config.accumulate
+    loaded = {language: eval_batches(documents, tokenizer, batch_size=rows, seq_len=config.pipeline.seq_len)
+              for language, documents in sorted(texts.items())}
+    loss = make_loss(model, chunks=config.loss_chunks)
+    nll = jax.jit(lambda params, batch: loss(params, batch, None)[1]["loss"])
+    # The prompts, again and again until they fill the devices.
+    count = mesh.shape["data"] * mesh.shape["fsdp"]
+    prompts = [config.prompts[i % len(config.prompts)] for i in range(-(-len(config.prompts) // count) * count)]
+    tokens, segments = left_pad([[tokenizer.bos_id, *tokenizer.encode(text)] for text in prompts], tokenizer.pad_id)
+
+    def evaluate(params: Any, step: int) -> tuple[dict[str, float], str]:
+        values = {f"eval/bpb_{language}": bits_per_byte(nll, params, batches, num_bytes, mesh)
+                  for language, (batches, num_bytes) in loaded.items()}
+        out = greedy_decode(model, params, tokens, segments, max_new_tokens=config.sample_tokens,
+                            eos_id=tokenizer.eos_id)
+        lines = [f"  {prompt} |{tokenizer.decode([i for i in row if i != tokenizer.eos_id])}"
+                 for prompt, row in zip(config.prompts, jax.device_get(out).tolist(), strict=False)]
+        numbers = "  ".join(f"{name.removeprefix('eval/bpb_')} {value:.4f}" for name, value in values.items())
+        return values, "\n".join([f"held out at step {step}, bits per byte: {numbers}", *lines])
+
+    return evaluate
+
+
+def make_tokenizer(config: Config, sources: Sequence[Source]) -> Tokenizer:
+    """Trains or loads the tokenizer of a new run."""
+    if config.tokenizer.path == "train":
+        share = -(-config.tokenizer.documents // len(sources))
+        texts = (source[i] for source in sources for i in range(0, len(source), -(-len(source) // share)))
+        return train_sentencepiece((document.text for document in texts if document),
+                                   vocab_size=config.model.vocab_size, user_symbols=config.tokenizer.symbols)
+    return load_tokenizer(config.tokenizer.path)
+
+
+def check(config: Config, mesh: Mesh) -> None:
+    """ValueError for settings that do not fit together."""
+    check_batch(config.pipeline.batch_size, config.accumulate, mesh)
+    if config.pipeline.seq_len > config.model.max_positions:
+        raise ValueError(f"pipeline.seq_len {config.pipeline.seq_len} exceeds model.max_positions "
+                         f"{config.model.max_positions}")
+    if config.loss_chunks < 1 or config.pipeline.seq_len % config.loss_chunks:
+        raise ValueError(f"loss_chunks {config.loss_chunks} does not divide pipeline.seq_len {config.pipeline.seq_len}")
+    if config.sample_tokens < 1 or not config.prompts or not config.data.held_out:
+        raise ValueError("evaluation needs at least one of prompts, data.held_out and sample_tokens")
+
+
+class Prepared(NamedTuple):
+    """What `prepare` has checked and opened."""
+
+    mesh: Mesh
+    model: Model
+    checkpointer: Checkpointer
+    batches: Batches
+    evaluate: Callable[[Any, int], tuple[dict[str, float], str]]
+
+
+def prepare(config: Config) -> Prepared:
+    """Everything that can fail for reasons of the user, before a parameter is allocated: ValueError."""
+    data = config.data
+    paths, held_out_paths = ([parse_source(spec) for spec in specs] for specs in (data.path, data.held_out))
+    mesh = make_mesh(config.mesh)
+    check(config, mesh)
+    check_folder(config.folder, resume=config.resume, overwrite=config.overwrite)
+    started = replace(config, resume=False, overwrite=False)
+    if config.resume:
+        saved, files = saved_run(config.folder)
+        check_resumable(flags.from_json(Config, saved), started, fixed=(
+            "model", "data", "tokenizer", "pipeline", "accumulate", "seed"), ignored=("folder",))
+    sources, held_out = ([open_source(path, max_bad_rows=data.max_bad_rows) for path in paths]
+                         for paths in (paths, held_out_paths))
+    tokenizer = tokenizer_from_files(files) if config.resume else make_tokenizer(config, sources)
+    check_vocabulary(tokenizer, config.model.vocab_size)
+    excluded = excluded_ids(tokenizer, data.never_predict)
+    batches = make_pipeline(sources, tokenizer, config.pipeline, excluded=excluded, seed=config.seed,
+                            process_index=jax.process_index(), process_count=jax.process_count())
+    model = build(config.model, config.compute)
+    evaluate = make_evaluation(config, model, tokenizer, held_out, mesh)
+    if not config.resume:
+        clear_folder(config.folder)
+        save_tokenizer(tokenizer, config.folder / "tokenizer")
+    flags.save_config(started, config.folder / "config.json")
+    checkpointer = Checkpointer(config.folder, config.checkpoint, flags.to_json(started), tokenizer.files())
+    return Prepared(mesh, model, checkpointer, batches, evaluate)
+
+
+def train(config: Config, prepared: Prepared) -> None:
+    """Runs to the end, or to a signal."""
+    mesh, model, checkpointer, batches, evaluate = prepared
+    tx = make_optimizer(config.optim, config.loop.steps)
+    schedule = make_schedule(config.optim.schedule, config.optim.lr, config.loop.steps)
+    loss = make_loss(model, z_loss=config.z_loss, chunks=config.loss_chunks)
+    step = make_step(loss, tx, schedule, mesh=mesh, rules=PARAM_RULES, accumulate=config.accumulate, seed=config.seed)
+    if config.resume:
+        state = checkpointer.restore(abstract_state(model.init, tx, mesh, PARAM_RULES), batches)
+        log.info("resumed at step %d", int(state.step))
+    else:
+        state = init_state(model.init, tx, derive(config.seed, "init"), mesh, PARAM_RULES)
+    peak, peak_text = peak_flops(config.compute.dtype)
+    per_token = flops_per_token(config.model, config.pipeline.seq_len)
+    log.info("%s parameters, %s tokens a batch, mesh %s, %s attention; MFU: %s model FLOPs a token, peak %s",
+             human_count(count_parameters(state.params)),
+             human_count(config.pipeline.batch_size * config.pipeline.seq_len), dict(mesh.shape),
+             config.compute.attention, human_count(per_token), peak_text)
+    metric_log = MetricLog(config.folder)
+    try:
+        fit(state, step, batches, mesh=mesh, config=config.loop, checkpointer=checkpointer, metric_log=metric_log,
+            flops_ratio=per_token / (peak * mesh.size), evaluate=evaluate)
+    finally:
+        checkpointer.close()
+        metric_log.close()
+        batches.close()
+    plot_curves(config.folder / "metrics.jsonl", config.folder / "curves.png")
+    log.info("run folder: %s", config.folder)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    setup_logging()
+    config = flags.parse(PRESETS, argv, prog=PROG, description=__doc__)
+    try:
+        prepared = prepare(config)
+    except ValueError as error:
+        flags.fail(error, PROG)
+    try:
+        train(config, prepared)
+    except (CheckpointError, NonFiniteError) as error:
+        flags.fail(error, PROG)
+
+
+if __name__ == "__main__":
+    main()

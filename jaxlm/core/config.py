@@ -6,6 +6,7 @@ Nothing here starts a device, so a wrong flag or file fails at once.
 import dataclasses
 import difflib
 import json
+import os
 import sys
 import types
 import typing
@@ -39,7 +40,8 @@ def parse(presets: Mapping[str, T], argv: Sequence[str] | None = None, *, prog: 
         fail(error, prog)
     starts = f"{description}\n\nStarting values: --preset {{{','.join(presets)}}} (default {next(iter(presets))}), " \
              "or --config FILE with a run's config.json."
-    return tyro.cli(type(base), default=base, args=argv, prog=f"python -m {prog}", description=starts)
+    return tyro.cli(type(base), default=base, args=argv, config=(tyro.conf.AvoidSubcommands,),
+                     prog=f"python -m {prog}", description=starts)
 
 
 def fail(error: Exception, prog: str) -> typing.NoReturn:
@@ -55,8 +57,8 @@ def nearest(name: str, names: Sequence[str] | Mapping[str, Any]) -> str:
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """A dataclass as plain JSON values; tuples become lists."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """A dataclass as plain JSON values; tuples become lists, paths strings."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=os.fspath))
 
 
 def from_json(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
@@ -135,6 +137,8 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
         return value
     if hint is float and type(value) is int:
         return float(value)
+    if hint is Path and type(value) is str:
+        return Path(value)
     if type(value) is not hint:
         raise ValueError(f"field '{where}' must be {hint.__name__}, got {value!r}")
     return value

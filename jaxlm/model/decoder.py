@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from jaxlm.core.mesh import BATCH, constrain
 from jaxlm.model.attention import attention
 from jaxlm.model.cache import Cache, reserve
 from jaxlm.model.config import ComputeConfig, ModelConfig
-from jaxlm.model.layers import MLP, Linear, RMSNorm, rope_tables, rotate
+from jaxlm.model.layers import MLP, Embedding, Linear, RMSNorm, rope_tables, rotate
+from jaxlm.model.partition import HEADS
 
 # What a layer keeps for its backward pass; None keeps everything, without `jax.checkpoint`.
 REMAT_POLICIES = {
@@ -21,8 +21,6 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-
-HEADS = P(("data", "fsdp"), None, "tensor", None)
 
 
 class Output(NamedTuple):
@@ -42,7 +40,7 @@ class Context(NamedTuple):
     kv_segments: jax.Array | None    # [B, S]
     q_positions: jax.Array | None    # [B, T]
     kv_positions: jax.Array | None   # [B, S]
-    offset: jax.Array | int          # slot of the first query
+    offset: jax.Array | None         # slot of the first query, traced; None without a cache
 
 
 class SelfAttention(nn.Module):
@@ -63,8 +61,8 @@ class SelfAttention(nn.Module):
             y = Linear((c.d_model,), (count, c.head_dim), c.init_std, dtype, c.qkv_bias, name=name)(x_BTD)
             return constrain(y, HEADS)
 
-        q_BTNH, k_BTKH, v_BTKH = heads("query", c.num_heads), heads("key", c.num_kv_heads), \
-            heads("value", c.num_kv_heads)
+        q_BTNH = heads("query", c.num_heads)
+        k_BTKH, v_BTKH = heads("key", c.num_kv_heads), heads("value", c.num_kv_heads)
         if c.qk_norm:
             q_BTNH = RMSNorm(c.norm_eps, c.norm_offset, dtype, name="query_norm")(q_BTNH)
             k_BTKH = RMSNorm(c.norm_eps, c.norm_offset, dtype, name="key_norm")(k_BTKH)
@@ -76,8 +74,9 @@ class SelfAttention(nn.Module):
             k_BSKH, v_BSKH = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in cache)
         y_BTNH = attention(
             q_BTNH, k_BSKH, v_BSKH, q_segments=context.q_segments, kv_segments=context.kv_segments,
-            q_positions=context.q_positions, kv_positions=context.kv_positions, q_offset=context.offset,
-            window=c.window, backend=self.compute.attention, query_chunk=self.compute.query_chunk)
+            q_positions=context.q_positions, kv_positions=context.kv_positions,
+            q_offset=0 if context.offset is None else context.offset, window=c.window,
+            backend=self.compute.attention, query_chunk=self.compute.query_chunk)
         out = Linear((c.num_heads, c.head_dim), (c.d_model,), c.init_std, dtype, name="out")
         return out(constrain(y_BTNH, HEADS)), cache
 
@@ -109,8 +108,7 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, tokens_BT, cache, context):
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
-        embed = nn.Embed(c.vocab_size, c.d_model, dtype=dtype, name="embed",
-                         embedding_init=nn.initializers.normal(c.init_std))
+        embed = Embedding(c.vocab_size, c.d_model, c.init_std, dtype, name="embed")
         x_BTD = constrain(embed(tokens_BT), BATCH)
         if c.scale_embeddings:
             x_BTD = x_BTD * jnp.asarray(c.d_model**0.5, dtype)
@@ -137,7 +135,7 @@ class Model:
         body, head = jax.random.split(key)
         # One row per device of the context's mesh: the sharding constraints on activations must divide.
         tokens_BT = jnp.zeros((max(1, jax.sharding.get_abstract_mesh().size), 1), jnp.int32)
-        context = Context(*rope_tables(tokens_BT, c), None, None, None, None, 0)
+        context = Context(*rope_tables(tokens_BT, c), None, None, None, None, None)
         params = Decoder(c, ComputeConfig()).init(body, tokens_BT, None, context)["params"]
         if not c.tie_embeddings:
             kernel_DV = c.init_std * jax.random.normal(head, (c.d_model, c.vocab_size))
@@ -159,13 +157,17 @@ class Model:
         [B, T] for the rotary embedding and the window; None: the index, plus the length of the cache.
         With `cache`, the T tokens are written to its next slots and see what it holds; the new cache is returned.
         `logits=False` leaves the vocabulary product to the caller (see `head`).
+
+        Raises ValueError: tokens, positions or segments of a wrong shape or type, more tokens than
+        `config.max_positions` without positions, a cache of another model, dtype or batch.
         """
+        self._check(tokens, positions, segments, cache)
         given, num_new = positions, tokens.shape[1]
         offset = 0 if cache is None else cache.length
         if positions is None:
             positions = offset + jnp.arange(num_new)[None]
         if cache is None:
-            context = Context(*rope_tables(positions, self.config), segments, segments, given, given, 0)
+            context = Context(*rope_tables(positions, self.config), segments, segments, given, given, None)
         else:
             segments = jnp.ones(tokens.shape, jnp.int32) if segments is None else segments
             positions = jnp.broadcast_to(positions, tokens.shape)
@@ -181,6 +183,25 @@ class Model:
             head_DV = self.head(params).astype(hidden.dtype)
             scores = jnp.einsum("BTD,DV->BTV", hidden, head_DV, preferred_element_type=jnp.float32)
         return Output(scores, hidden, cache)
+
+    def _check(self, tokens, positions, segments, cache) -> None:
+        c = self.config
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype} of shape {tokens.shape}")
+        for name, x in (("positions", positions), ("segments", segments)):
+            if x is not None and (x.shape != tokens.shape or not jnp.issubdtype(x.dtype, jnp.integer)):
+                raise ValueError(
+                    f"{name} must be integers of the tokens' shape {tokens.shape}, got {x.dtype} of shape {x.shape}")
+        if positions is None and tokens.shape[1] > c.max_positions:
+            raise ValueError(
+                f"{tokens.shape[1]} tokens are more than max_positions {c.max_positions}: shorten the rows, raise "
+                "max_positions, or give positions")
+        if cache is None:
+            return
+        expected = (c.num_layers, c.num_kv_heads, c.head_dim, self.compute.dtype)
+        found = (cache.k.shape[0], *cache.k.shape[3:], str(cache.k.dtype))
+        if found != expected:
+            raise ValueError(f"the cache has (layers, KV heads, head dim, dtype) {found}, this model {expected}")
 
 
 def build(config: ModelConfig, compute: ComputeConfig | None = None) -> Model:

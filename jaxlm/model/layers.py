@@ -37,6 +37,24 @@ class Linear(nn.Module):
         return y + jnp.expand_dims(bias, tuple(range(y.ndim - bias.ndim)))
 
 
+class Embedding(nn.Module):
+    """Rows of a table, tokens [B, T] to [B, T, D].
+
+    Cast after the look-up: the gradient of a frequent token is then summed in float32, and no copy of the table made.
+    """
+
+    vocab_size: int
+    d_model: int
+    init_std: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        shape = (self.vocab_size, self.d_model)
+        table_VD = self.param("embedding", nn.initializers.normal(self.init_std), shape)
+        return jnp.take(table_VD, tokens_BT, axis=0).astype(self.dtype)
+
+
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * (offset + scale)` over the last axis (Zhang and Sennrich, arXiv:1910.07467).
 

@@ -8,6 +8,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm.core.mesh import Rules
 
+HEADS = P(("data", "fsdp"), None, "tensor", None)  # of activations with heads, [B, T, N or K, H]
+
 # Matched at the end of a path, so that the moments of an optimizer are split like their parameters.
 PARAM_RULES: Rules = (
     (r"embed/embedding$", P("tensor", "fsdp")),                                      # [V, D]

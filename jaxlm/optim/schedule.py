@@ -53,9 +53,11 @@ def make_schedule(config: ScheduleConfig, peak: float, num_updates: int) -> opta
     The first update already has a positive rate: warm-up over W updates goes 1/W, 2/W, ..., 1.
     """
     warmup = round(config.warmup * num_updates)
+    if warmup < 2:  # the first rate of such a warm-up is the peak already
+        warmup = 0
     rest = max(1, num_updates - warmup)
     main = SCHEDULES[config.kind](peak, config.min_ratio * peak, rest, round(config.decay * num_updates))
-    if warmup < 2:
+    if not warmup:
         return main
     return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, warmup - 1), main], [warmup])
 

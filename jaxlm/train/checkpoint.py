@@ -39,6 +39,10 @@ class Resumable(Protocol):
     def set_state(self, state: Any) -> None: ...
 
 
+# A full disk is an OSError in the small files and a ValueError of tensorstore's in the arrays.
+WRITE_ERRORS = (OSError, ValueError)
+
+
 class CheckpointError(ValueError):
     """A checkpoint could not be written, found or used."""
 
@@ -96,14 +100,14 @@ class Checkpointer:
                 config=ocp.args.JsonSave(self._config),
                 tokenizer=FolderSave(self._files),
             ))
-        except OSError as error:
+        except WRITE_ERRORS as error:
             raise self._write_error(step, error) from error
 
     def wait(self) -> None:
         """Blocks until everything is on disk. CheckpointError if a write failed."""
         try:
             self._manager.wait_until_finished()
-        except OSError as error:
+        except WRITE_ERRORS as error:
             raise self._write_error(None, error) from error
 
     def restore(self, abstract: TrainState, data: Resumable) -> TrainState:
@@ -117,29 +121,32 @@ class Checkpointer:
 
     def latest_step(self) -> int:
         """Step of the newest complete checkpoint; CheckpointError when there is none."""
-        step = self._manager.latest_step()
-        if step is None:
-            raise CheckpointError(f"no complete checkpoint in {self.folder}; start without --resume")
-        return step
-
-    def saved_config(self) -> dict[str, Any]:
-        """The configuration inside the newest checkpoint."""
-        args = ocp.args.Composite(config=ocp.args.JsonRestore())
-        return self._manager.restore(self.latest_step(), args=args)["config"]
-
-    def saved_files(self) -> dict[str, bytes]:
-        """The tokenizer files inside the newest checkpoint."""
-        args = ocp.args.Composite(tokenizer=FolderRestore())
-        return self._manager.restore(self.latest_step(), args=args)["tokenizer"]
+        return _latest(self._manager, self.folder)
 
     def close(self) -> None:
         """Waits for the writer and stops its threads."""
         self.wait()
         self._manager.close()
 
-    def _write_error(self, step: int | None, error: OSError) -> CheckpointError:
+    def _write_error(self, step: int | None, error: Exception) -> CheckpointError:
         kept = self._manager.latest_step()
         return CheckpointError(
             f"checkpoint{'' if step is None else f' of step {step}'} could not be written to {self.folder}: {error}; "
             f"the last complete one is {'none' if kept is None else f'step {kept}'}"
         )
+
+
+def saved_run(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The configuration and the tokenizer files inside the newest complete checkpoint of a run folder."""
+    folder = folder.absolute() / "checkpoints"
+    with ocp.CheckpointManager(folder) as manager:
+        restored = manager.restore(_latest(manager, folder), args=ocp.args.Composite(
+            config=ocp.args.JsonRestore(), tokenizer=FolderRestore()))
+    return restored["config"], restored["tokenizer"]
+
+
+def _latest(manager: ocp.CheckpointManager, folder: Path) -> int:
+    step = manager.latest_step()
+    if step is None:
+        raise CheckpointError(f"no complete checkpoint in {folder}; start without --resume")
+    return step

@@ -17,13 +17,14 @@ def plot_curves(metrics: Path, output: Path) -> None:
     Panels without data are left out; series with one prefix (`eval/bpb_ko`, `eval/bpb_en`) share a panel.
     """
     records = read_metrics(metrics)
+    named = lambda prefix: sorted({name for record in records for name in record if name.startswith(prefix)})
     panels = {
         "training loss (nats per token)": ["loss"],
-        "held-out bits per byte": sorted({name for record in records for name in record if name.startswith("eval/bpb")}),
+        "held-out bits per byte": named("eval/bpb"),
         "learning rate": ["lr"],
         "gradient norm": ["grad_norm"],
         "tokens per second": ["tokens_per_second"],
-        "epochs": sorted({name for record in records for name in record if name.startswith("epoch")}),
+        "epochs": named("epoch"),
     }
     series = {
         title: {name: [(r["step"], r[name]) for r in records if r.get(name) is not None] for name in names}

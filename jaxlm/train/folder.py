@@ -20,26 +20,31 @@ log = logging.getLogger(__name__)
 OURS = ("config.json", "checkpoints", "metrics.jsonl", "tensorboard", "curves.png", "tokenizer")
 
 
-def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Makes `folder` ready for a new or a resumed run; ValueError when it does not fit what was asked for.
+def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """ValueError when `folder` does not fit what was asked for; changes nothing.
 
-    A folder that holds a run is never written over without `overwrite`, and then only this project's own files go.
+    A folder that holds a run is never written over without `overwrite`.
     """
     if resume and overwrite:
         raise ValueError("--resume continues a run and --overwrite deletes it; give one of them")
-    if resume:
-        if not (folder / "checkpoints").is_dir():
-            raise ValueError(f"--resume: {folder} holds no run (no checkpoints folder); check --folder")
-        return
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--folder {folder} is a file")
+    if resume and not (folder / "checkpoints").is_dir():
+        raise ValueError(f"--resume: {folder} holds no run (no checkpoints folder); check --folder")
     taken = [name for name in OURS if (folder / name).exists()]
-    if taken and not overwrite:
+    if taken and not (resume or overwrite):
         raise ValueError(f"{folder} holds a run already ({', '.join(taken)}); --resume continues it, --overwrite "
                          "deletes it, another --folder keeps both")
-    for name in taken:
+
+
+def clear_folder(folder: Path) -> None:
+    """Makes an empty run folder: deletes what a run left there, and only this project's own files."""
+    for name in OURS:
         path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

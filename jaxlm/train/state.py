@@ -19,16 +19,20 @@ class TrainState(NamedTuple):
     opt_state: Any   # optax state
 
 
-def abstract_state(init: Callable[[jax.Array], Any], tx: optax.GradientTransformation) -> TrainState:
-    """Shapes and types of the state, without allocating it."""
-    return jax.eval_shape(lambda key: _new_state(init, tx, key), jax.random.key(0))
+def abstract_state(
+    init: Callable[[jax.Array], Any], tx: optax.GradientTransformation, mesh: Mesh, rules: Rules
+) -> TrainState:
+    """Shapes, types and shardings of the state, without allocating it."""
+    shapes = jax.eval_shape(lambda key: _new_state(init, tx, key), jax.random.key(0))
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return jax.tree.map(place, shapes, tree_shardings(shapes, rules, mesh))
 
 
 def init_state(
     init: Callable[[jax.Array], Any], tx: optax.GradientTransformation, key: jax.Array, mesh: Mesh, rules: Rules
 ) -> TrainState:
     """A new state, each leaf created in place under its sharding; the numbers do not depend on the mesh."""
-    shardings = tree_shardings(abstract_state(init, tx), rules, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(init, tx, mesh, rules))
     with jax.set_mesh(mesh):
         return jax.jit(lambda key: _new_state(init, tx, key), out_shardings=shardings)(key)
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.core.masked import Mean
@@ -101,7 +101,3 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
             f"use a multiple of {devices * max(accumulate, 1)}"
         )
 
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of a value that every device holds whole."""
-    return NamedSharding(mesh, P())

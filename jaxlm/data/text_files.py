@@ -1,0 +1,95 @@
+"""Rows of JSONL and TSV files, plain or compressed. Every fault is named with its line."""
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow
+
+from jaxlm.data.rows import Document, RowReader
+
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+_BOM = b"\xef\xbb\xbf"
+
+
+def read_jsonl(path: Path, reader: RowReader) -> Iterator[Document]:
+    """Documents of a file with one JSON object a line; blank lines count as empty rows."""
+    name = str(path)
+    for number, line in _lines(path):
+        if not line or line.isspace():
+            reader.empty += 1
+            continue
+        try:
+            # Decoded first: the JSON parser alone would accept UTF-16 and UTF-32 as well.
+            row = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            reader.bad(f"not valid UTF-8 ({error.reason} at byte {error.start})", name, number)
+        except RecursionError:
+            reader.bad("not JSON that can be read (nested too deeply)", name, number)
+        except ValueError as error:
+            reader.bad(f"not JSON ({error})", name, number)
+        else:
+            document = reader.read(row, name, number)
+            if document is not None:
+                yield document
+
+
+def read_tsv(path: Path, reader: RowReader) -> Iterator[Document]:
+    """Documents of a file whose first line names the columns. Nothing is quoted: a `"` is a character."""
+    name = str(path)
+    lines = _lines(path)
+    try:
+        header = [column.strip() for column in next(lines, (1, b""))[1].decode("utf-8").split("\t")]
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}:1: the header is not valid UTF-8") from None
+    if len(set(header)) != len(header) or "" in header:
+        raise ValueError(f"{path}:1: the header must name each column once, got {header}")
+    reader.require_fields(header, str(path))
+    for number, line in lines:
+        if not line:
+            reader.empty += 1
+            continue
+        try:
+            cells = line.decode("utf-8").split("\t")
+        except UnicodeDecodeError as error:
+            reader.bad(f"not valid UTF-8 ({error.reason} at byte {error.start})", name, number)
+            continue
+        if len(cells) != len(header):
+            reader.bad(f"{len(cells)} columns, the header has {len(header)}", name, number)
+            continue
+        document = reader.read(dict(zip(header, cells, strict=True)), name, number)
+        if document is not None:
+            yield document
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines without their ending. Only \\n and \\r\\n end a line: U+2028 and form feed are text."""
+    codec = COMPRESSED.get(path.suffix)
+    number = 0
+    try:
+        if codec and path.stat().st_size < 2:  # gzip calls nothing an empty file and one byte no gzip.
+            raise EOFError
+        with _open(path, codec) as stream:
+            for number, line in enumerate(stream, 1):
+                if number == 1:
+                    line = line.removeprefix(_BOM)
+                yield number, line.rstrip(b"\n").removesuffix(b"\r")
+    except (EOFError, gzip.BadGzipFile, zlib.error, OSError) as error:
+        if codec is None or (isinstance(error, OSError) and error.errno is not None):
+            raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+        if isinstance(error, EOFError) or "Truncated" in str(error):
+            raise ValueError(f"{path}: ends in the middle of the {codec} stream (after line {number}); "
+                             "was it copied completely?") from None
+        raise ValueError(f"{path}: not a sound {codec} file (after line {number}): {error}") from None
+
+
+def _open(path: Path, codec: str | None) -> BinaryIO:
+    if codec == "gzip":
+        return gzip.open(path, "rb")
+    if codec == "zstd":
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"), 1 << 20)
+    return path.open("rb")

@@ -1,0 +1,374 @@
+"""Text to token ids and back: sentencepiece, Hugging Face `tokenizer.json`, plain bytes.
+
+All keep three promises: `encode` adds no special token; `decode` drops bos, eos and pad and shows every other token;
+a special token spelled out in user text stays text (see each class for what its library cannot do).
+"""
+
+import functools
+import hashlib
+import io
+import json
+import logging
+import random
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import sentencepiece
+import tokenizers
+
+from jaxlm.core.config import nearest
+
+SENTENCEPIECE_FILE, JSON_FILE, BYTES_FILE = "tokenizer.model", "tokenizer.json", "tokenizer.bytes"
+JSON_NAMES_FILE = "tokenizer_config.json"
+# Names in common use, the more specific first.
+USUAL_NAMES = {
+    "bos": ("<s>", "<|begin_of_text|>", "<|BOS|>", "<bos>", "[CLS]", "<|im_start|>", "<|endoftext|>"),
+    "eos": ("</s>", "<|end_of_text|>", "<|EOS|>", "<eos>", "[SEP]", "<|im_end|>", "<|endoftext|>"),
+    "pad": ("<pad>", "[PAD]", "<|PAD|>", "<|pad|>", "<|finetune_right_pad_id|>", "<|padding|>", "<|endoftext|>"),
+}
+BYTE_PIECES = 256
+# sentencepiece writes a space as U+2581, so a real U+2581 must not reach it.
+_SPACE_SIGN = "\u2581"
+# Longer lines are cut: sentencepiece drops a training sentence beyond its limit in bytes without a word.
+_TRAIN_LINE = 4096
+# No learned token spans a line; the space sign and NUL would be taken for something else.
+_TRAIN_BREAKS = re.compile(r"[\n\r\0\u2581]+")
+
+logger = logging.getLogger(__name__)
+
+
+class Tokenizer(Protocol):
+    """What the data pipeline, evaluation and generation need. Instances pickle, so loader workers can have them."""
+
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text, without special tokens."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; bos, eos and pad are left out, bytes that are no UTF-8 become U+FFFD."""
+        ...
+
+    def token_id(self, name: str) -> int:
+        """The id of a special or user symbol. ValueError with the nearest name."""
+        ...
+
+    def files(self) -> dict[str, bytes]:
+        """File names and contents that `tokenizer_from_files` turns into this tokenizer again."""
+        ...
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hexadecimal) of `files`: equal fingerprints, equal ids."""
+        ...
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece model. bos, eos, pad and control symbols in user text stay text; user-defined symbols do not:
+    the library matches them wherever they stand, so a role marker that users must not forge is a control symbol.
+    """
+
+    def __init__(self, model: bytes) -> None:
+        """Takes the content of a `tokenizer.model`. ValueError if it is damaged or lacks bos, eos or pad."""
+        if not model:
+            raise ValueError("not a sentencepiece model: the file is empty")
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise ValueError(f"not a sentencepiece model: {error}") from None
+        self._model, processor = model, self._processor
+        self.vocab_size = processor.vocab_size()
+        self.bos_id, self.eos_id = processor.bos_id(), processor.eos_id()
+        # Many published models have no pad; unk is never produced when every byte has a piece.
+        self._bytes = _byte_ids(processor)
+        self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else processor.unk_id() if self._bytes else -1
+        for option, value in (("bos", self.bos_id), ("eos", self.eos_id), ("pad", self.pad_id)):
+            if value < 0:
+                raise ValueError(f"the sentencepiece model defines no {option}; train it with {option}_id >= 0")
+        self._control = {i: processor.id_to_piece(i) for i in range(self.vocab_size)
+                         if processor.is_control(i) or processor.is_unknown(i)}
+        self._hidden = {self.bos_id, self.eos_id, self.pad_id}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._model,)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text; exact round trip for any string if the model was trained by `train_sentencepiece`."""
+        if _SPACE_SIGN not in text or not self._bytes:
+            return self._processor.encode(text)
+        sign = [self._bytes[byte] for byte in _SPACE_SIGN.encode("utf-8")]
+        first, *rest = text.split(_SPACE_SIGN)
+        return self._processor.encode(first) + [i for part in rest for i in sign + self._processor.encode(part)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; control symbols other than bos, eos and pad appear by name."""
+        parts, run = [], []
+        for i in map(int, ids):
+            if i in self._hidden:
+                continue
+            if not 0 <= i < self.vocab_size:
+                raise ValueError(f"id {i} is outside the vocabulary of {self.vocab_size}")
+            if i in self._control:
+                parts += [self._processor.decode(run), self._control[i]]
+                run = []
+            else:
+                run.append(i)
+        return "".join(parts) + self._processor.decode(run)
+
+    def token_id(self, name: str) -> int:
+        """The id of a piece by its exact name. ValueError with the nearest special name."""
+        i = self._processor.piece_to_id(name)
+        if i == self._processor.unk_id() and name != self._processor.id_to_piece(i):
+            # Symbols stand before the byte pieces, where there are such.
+            symbols = [self._processor.id_to_piece(j) for j in range(min(self._bytes, default=0))]
+            raise ValueError(f"the tokenizer has no token {name!r}{nearest(name, symbols or self._control.values())}")
+        return i
+
+    def files(self) -> dict[str, bytes]:
+        """`tokenizer.model`."""
+        return {SENTENCEPIECE_FILE: self._model}
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the model file."""
+        return _fingerprint(self.files())
+
+
+class JsonTokenizer:
+    """A Hugging Face `tokenizer.json`. Special tokens in user text stay text; added tokens that the file does not call
+    special are matched by the library. Whether a round trip is exact is up to the file (byte-level BPE: yes).
+    """
+
+    def __init__(self, content: bytes, *, bos: str | None = None, eos: str | None = None,
+                 pad: str | None = None) -> None:
+        """Takes the file's content; names not given are the usual ones. ValueError names what is missing."""
+        self._content = content
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        except Exception as error:  # The library raises bare Exception.
+            raise ValueError(f"not a tokenizer.json: {error}") from None
+        # A file may carry the truncation and padding of the model it was made for; ids here are never cut or filled.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        self._names = {kind: self._find(kind, name) for kind, name in (("bos", bos), ("eos", eos), ("pad", pad))}
+        self.bos_id, self.eos_id, self.pad_id = (self._tokenizer.token_to_id(name) for name in self._names.values())
+        self._hidden = {self.bos_id, self.eos_id, self.pad_id}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(type(self), **self._names), (self._content,)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text, without the file's post-processing ([CLS], BOS and the like)."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; special tokens other than bos, eos and pad appear by name."""
+        ids = [int(i) for i in ids]
+        for i in ids:
+            if not 0 <= i < self.vocab_size:
+                raise ValueError(f"id {i} is outside the vocabulary of {self.vocab_size}")
+        return self._tokenizer.decode([i for i in ids if i not in self._hidden], skip_special_tokens=False)
+
+    def token_id(self, name: str) -> int:
+        """The id of a token by its exact name. ValueError with the nearest added token."""
+        i = self._tokenizer.token_to_id(name)
+        if i is None:
+            raise ValueError(f"the tokenizer has no token {name!r}{nearest(name, self._added())}")
+        return i
+
+    def files(self) -> dict[str, bytes]:
+        """`tokenizer.json` as it was given, and the three names in the form of a `tokenizer_config.json`."""
+        names = {f"{kind}_token": name for kind, name in self._names.items()}
+        return {JSON_FILE: self._content, JSON_NAMES_FILE: json.dumps(names, ensure_ascii=False).encode("utf-8")}
+
+    def fingerprint(self) -> str:
+        """SHA-256 of both files."""
+        return _fingerprint(self.files())
+
+    def _added(self) -> list[str]:
+        return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
+
+    def _find(self, kind: str, name: str | None) -> str:
+        if name is not None:
+            self.token_id(name)
+            return name
+        for usual in USUAL_NAMES[kind]:
+            if self._tokenizer.token_to_id(usual) is not None:
+                return usual
+        raise ValueError(f"tokenizer.json has no usual {kind} token; name it with {kind}=..., "
+                         f"one of {', '.join(self._added()) or '(no added tokens)'}")
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as ids 0 to 255, then bos, eos, pad. Exact for any string; nothing in user text is special."""
+
+    vocab_size, bos_id, eos_id, pad_id = BYTE_PIECES + 3, BYTE_PIECES, BYTE_PIECES + 1, BYTE_PIECES + 2
+    _names: Mapping[str, int] = {"<bos>": bos_id, "<eos>": eos_id, "<pad>": pad_id}
+
+    def encode(self, text: str) -> list[int]:
+        """One id for each byte."""
+        return list(text.encode("utf-8"))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the bytes; what is no UTF-8 becomes U+FFFD."""
+        ids = [int(i) for i in ids]
+        for i in ids:
+            if not 0 <= i < self.vocab_size:
+                raise ValueError(f"id {i} is outside the vocabulary of {self.vocab_size}")
+        return bytes(i for i in ids if i < BYTE_PIECES).decode("utf-8", errors="replace")
+
+    def token_id(self, name: str) -> int:
+        """The id of `<bos>`, `<eos>` or `<pad>`; ValueError for anything else."""
+        if name not in self._names:
+            raise ValueError(f"the byte tokenizer has no token {name!r}{nearest(name, self._names)}")
+        return self._names[name]
+
+    def files(self) -> dict[str, bytes]:
+        """A marker file: there is nothing to store but the layout."""
+        return {BYTES_FILE: b"256 bytes, bos, eos, pad\n"}
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the marker."""
+        return _fingerprint(self.files())
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Writes `tokenizer.files()` into a folder, which is created."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in tokenizer.files().items():
+        (folder / name).write_bytes(content)
+
+
+def load_tokenizer(path: str | Path, *, bos: str | None = None, eos: str | None = None,
+                   pad: str | None = None) -> Tokenizer:
+    """A tokenizer from a folder that holds one, from a `.model` or `.json` file, or from the word `bytes`.
+
+    `bos`, `eos`, `pad` name the tokens of a `tokenizer.json` that uses unusual ones. ValueError says what is wrong.
+    """
+    if str(path) == "bytes":
+        return tokenizer_from_files(ByteTokenizer().files(), bos=bos, eos=eos, pad=pad)
+    path = Path(path).expanduser()
+    known = (SENTENCEPIECE_FILE, JSON_FILE, BYTES_FILE)
+    if path.is_dir():
+        files = {name: (path / name).read_bytes() for name in (*known, JSON_NAMES_FILE) if (path / name).is_file()}
+    elif path.is_file():
+        name = {".model": SENTENCEPIECE_FILE, ".json": JSON_FILE, ".bytes": BYTES_FILE}.get(path.suffix)
+        if name is None:
+            raise ValueError(f"{path}: a tokenizer file ends in .model, .json or .bytes")
+        files = {name: path.read_bytes()}
+    else:
+        raise ValueError(f"{path}: no such tokenizer file or folder (the word 'bytes' names the byte tokenizer)")
+    try:
+        return tokenizer_from_files(files, bos=bos, eos=eos, pad=pad)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def tokenizer_from_files(files: Mapping[str, bytes], *, bos: str | None = None, eos: str | None = None,
+                         pad: str | None = None) -> Tokenizer:
+    """The inverse of `Tokenizer.files`; names given here win over those in the files. ValueError if none fits."""
+    given = {"bos": bos, "eos": eos, "pad": pad}
+    if SENTENCEPIECE_FILE in files or JSON_FILE not in files:
+        if any(given.values()):
+            raise ValueError("bos, eos and pad can be named for a tokenizer.json only")
+        if SENTENCEPIECE_FILE in files:
+            return SentencePieceTokenizer(files[SENTENCEPIECE_FILE])
+        if BYTES_FILE in files:
+            return ByteTokenizer()
+        raise ValueError(f"holds no {SENTENCEPIECE_FILE}, {JSON_FILE} or {BYTES_FILE}")
+    try:
+        stored = json.loads(files.get(JSON_NAMES_FILE, b"{}"))
+    except ValueError as error:
+        raise ValueError(f"{JSON_NAMES_FILE}: {error}") from None
+    for kind in given:
+        token = stored.get(f"{kind}_token")
+        given[kind] = given[kind] or (token.get("content") if isinstance(token, dict) else token)
+    return JsonTokenizer(files[JSON_FILE], **given)
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """ValueError if a model of `vocab_size` rows cannot embed every id; more rows (padding) are fine."""
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(f"wrong tokenizer: it has {tokenizer.vocab_size} tokens, the model's vocabulary {vocab_size}")
+
+
+def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, user_symbols: Sequence[str] = (),
+                        control_symbols: Sequence[str] = (), character_coverage: float = 0.9995,
+                        max_chars: int = 100_000_000, seed: int = 0) -> SentencePieceTokenizer:
+    """A byte-fallback BPE model whose round trip is exact for any string; the same texts give the same model.
+
+    Ids: unk 0, bos 1, eos 2, pad 3, `control_symbols` (never matched in text), `user_symbols` (always), bytes, rest.
+    Each digit is a token, a newline is its byte. Of more than `max_chars` characters a random sample is used, and the
+    log says so. ValueError for an empty text or a `vocab_size` that is too small or too large, naming the bound.
+    """
+    symbols = [*user_symbols, *control_symbols]
+    if len(set(symbols)) != len(symbols) or {"", "<unk>", "<s>", "</s>", "<pad>"} & set(symbols):
+        raise ValueError(f"symbols must be distinct, not empty and none of <unk> <s> </s> <pad>: {symbols}")
+    lines = _sample_lines(texts, max_chars, random.Random(seed))
+    if not lines:
+        raise ValueError("no text to train a tokenizer on")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab_size, model_type="bpe",
+            byte_fallback=True, split_digits=True, normalization_rule_name="identity", add_dummy_prefix=False,
+            remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, character_coverage=character_coverage,
+            max_sentence_length=8 * _TRAIN_LINE, user_defined_symbols=list(user_symbols),
+            control_symbols=list(control_symbols), unk_id=0, bos_id=1, eos_id=2, pad_id=3, num_threads=1, minloglevel=2)
+    except RuntimeError as error:
+        raise ValueError(_explain(str(error), vocab_size)) from None
+    return SentencePieceTokenizer(model.getvalue())
+
+
+def _sample_lines(texts: Iterable[str], max_chars: int, rng: random.Random) -> list[str]:
+    """Training lines; when they pass `max_chars`, a line stays with a probability that halves each time."""
+    kept: list[tuple[float, str]] = []
+    held = seen = 0
+    share = 1.0
+    for text in texts:
+        for line in _TRAIN_BREAKS.split(text):
+            for start in range(0, len(line), _TRAIN_LINE):
+                piece = line[start:start + _TRAIN_LINE]
+                seen += len(piece)
+                draw = rng.random()
+                if draw >= share:
+                    continue
+                kept.append((draw, piece))
+                held += len(piece)
+                while held > max_chars and len(kept) > 1:
+                    share /= 2
+                    kept = [(draw, piece) for draw, piece in kept if draw < share]
+                    held = sum(len(piece) for _, piece in kept)
+    if held < seen:
+        logger.warning("tokenizer trained on a random sample: %.1f M of %.1f M characters", held / 1e6, seen / 1e6)
+    return [piece for _, piece in kept]
+
+
+def _explain(message: str, vocab_size: int) -> str:
+    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return (f"vocab_size {vocab_size} is too small: special tokens, {BYTE_PIECES} bytes and the characters of the "
+                f"text need at least {found[1]}; raise it or lower character_coverage")
+    if found := re.search(r"set it to a value <= (\d+)", message):
+        return f"vocab_size {vocab_size} is too large for this text, which yields at most {found[1]} tokens"
+    return f"sentencepiece cannot train on this: {message}"
+
+
+def _byte_ids(processor: sentencepiece.SentencePieceProcessor) -> list[int]:
+    """The ids of the 256 byte pieces, or an empty list for a model without byte fallback."""
+    ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(BYTE_PIECES)]
+    return ids if all(processor.is_byte(i) for i in ids) else []
+
+
+def _fingerprint(files: Mapping[str, bytes]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        # The lengths keep two files apart from one that holds both.
+        digest.update(f"{name}:{len(files[name])}:".encode() + files[name])
+    return digest.hexdigest()

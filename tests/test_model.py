@@ -1,0 +1,393 @@
+"""The decoder against an independent one in NumPy, and the properties that training and decoding rely on."""
+
+import functools
+import math
+from dataclasses import replace
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.core.mesh import MeshConfig, make_mesh, put_batch, tree_shardings
+from jaxlm.core.tree import named_leaves
+from jaxlm.model.cache import init_cache, reserve
+from jaxlm.model.config import Activation, ComputeConfig, ModelConfig, RematPolicy, RopeScaling
+from jaxlm.model.decoder import REMAT_POLICIES, build
+from jaxlm.model.layers import ACTIVATIONS
+from jaxlm.model.partition import PARAM_RULES
+
+# d_model differs from heads times head_dim, and every size from its neighbours, so that a swapped axis shows.
+CONFIG = ModelConfig(
+    vocab_size=61, d_model=20, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6, d_ff=28, max_positions=64)
+GEMMA = replace(CONFIG, num_kv_heads=1, tie_embeddings=True, scale_embeddings=True, norm_offset=1.0,
+                activation="gelu_tanh", norm_eps=1e-6)
+LLAMA3 = RopeScaling(kind="llama3", factor=8.0, original_max_positions=16)
+VARIANTS = {
+    "llama": CONFIG,
+    "llama3": replace(CONFIG, rope_theta=500.0, rope_scaling=LLAMA3, tie_embeddings=True),
+    "linear": replace(CONFIG, rope_scaling=RopeScaling(kind="linear", factor=4.0)),
+    "mistral": replace(CONFIG, window=3),
+    "qwen2": replace(CONFIG, qkv_bias=True),
+    "qwen3": replace(CONFIG, qk_norm=True),
+    "gemma": GEMMA,
+}
+
+
+@functools.cache
+def params_of(config):
+    """Parameters far from their initial values: no bias is 0 and no norm the identity."""
+    rng = np.random.default_rng(0)
+    init = jax.eval_shape(build(config).init, jax.random.key(0))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: jnp.asarray(rng.normal(size=x.shape) * 0.2 + (path[-1].key == "scale"), jnp.float32), init)
+
+
+def tokens_of(seed, *shape, vocab_size=CONFIG.vocab_size):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, vocab_size, shape), jnp.int32)
+
+
+def close(actual, expected, atol=1e-5):
+    actual, expected = named_leaves(actual), named_leaves(expected)
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_allclose(actual[name], expected[name], atol=atol, rtol=0, err_msg=name)
+
+
+def cross_entropy(model, params, tokens, weights=None, **arguments):
+    """Sum over the tokens of the negative log-likelihood of the next one."""
+    logits = model.apply(params, tokens, **arguments).logits
+    nll = -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)[..., 0]
+    return jnp.sum(nll if weights is None else nll * weights)
+
+
+def loss_and_grads(model, params, tokens, **arguments):
+    f = jax.jit(jax.value_and_grad(lambda params, arguments: cross_entropy(model, params, tokens, **arguments)))
+    return f(params, arguments)
+
+
+# An independent decoder: NumPy, float64, one document at a time, one layer after the other, one head at a time.
+
+
+def numpy_norm(x, scale, config):
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + config.norm_eps) * (config.norm_offset + scale)
+
+
+def numpy_rope(x, positions, config):
+    half = config.head_dim // 2
+    y = np.zeros_like(x)
+    for i in range(half):
+        frequency, scaling = config.rope_theta ** (-2 * i / config.head_dim), config.rope_scaling
+        if scaling is not None and scaling.kind == "linear":
+            frequency /= scaling.factor
+        elif scaling is not None:
+            wavelength, original = 2 * math.pi / frequency, scaling.original_max_positions
+            if wavelength > original / scaling.low_freq_factor:
+                frequency /= scaling.factor
+            elif wavelength > original / scaling.high_freq_factor:
+                smooth = (original / wavelength - scaling.low_freq_factor) / (
+                    scaling.high_freq_factor - scaling.low_freq_factor)
+                frequency = (1 - smooth) * frequency / scaling.factor + smooth * frequency
+        cos, sin = np.cos(positions * frequency)[:, None], np.sin(positions * frequency)[:, None]
+        y[..., i] = x[..., i] * cos - x[..., i + half] * sin
+        y[..., i + half] = x[..., i + half] * cos + x[..., i] * sin
+    return y
+
+
+def numpy_attention(q, k, v, config):
+    y = np.zeros_like(q)
+    for n in range(config.num_heads):
+        kv = n * config.num_kv_heads // config.num_heads
+        for t in range(len(q)):
+            first = 0 if config.window is None else max(0, t - config.window + 1)
+            scores = k[first:t + 1, kv] @ q[t, n] / math.sqrt(config.head_dim)
+            weights = np.exp(scores - scores.max())
+            y[t, n] = weights @ v[first:t + 1, kv] / weights.sum()
+    return y
+
+
+def numpy_decoder(config, params, tokens):
+    """Logits [T, V] of one document."""
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    positions = np.arange(len(tokens))
+    x = params["embed"]["embedding"][tokens] * (math.sqrt(config.d_model) if config.scale_embeddings else 1)
+    for index in range(config.num_layers):
+        layer = jax.tree.map(lambda x, index=index: x[index], params["layers"])
+        y, weights = numpy_norm(x, layer["attention_norm"]["scale"], config), layer["attention"]
+        heads = {name: np.einsum("td,dnh->tnh", y, weights[name]["kernel"]) + weights[name].get("bias", 0)
+                 for name in ("query", "key", "value")}
+        if config.qk_norm:
+            for name in ("query", "key"):
+                heads[name] = numpy_norm(heads[name], weights[f"{name}_norm"]["scale"], config)
+        q, k = (numpy_rope(heads[name], positions, config) for name in ("query", "key"))
+        x = x + np.einsum("tnh,nhd->td", numpy_attention(q, k, heads["value"], config), weights["out"]["kernel"])
+        y, weights = numpy_norm(x, layer["mlp_norm"]["scale"], config), layer["mlp"]
+        gate = y @ weights["gate"]["kernel"]
+        if config.activation == "silu":
+            gate = gate / (1 + np.exp(-gate))
+        else:
+            gate = gate / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
+        x = x + (gate * (y @ weights["up"]["kernel"])) @ weights["down"]["kernel"]
+    x = numpy_norm(x, params["final_norm"]["scale"], config)
+    return x @ (params["embed"]["embedding"].T if config.tie_embeddings else params["head"]["kernel"])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_equals_the_numpy_decoder(name):
+    config = VARIANTS[name]
+    params, tokens = params_of(config), tokens_of(1, 2, 11)
+    out = jax.jit(build(config).apply)(params, tokens)
+    expected = np.stack([numpy_decoder(config, params, row) for row in np.asarray(tokens)])
+    assert np.std(expected) > 0.3
+    close({"logits": out.logits}, {"logits": expected}, atol=2e-5)
+    assert out.logits.dtype == jnp.float32 and out.cache is None
+
+
+@pytest.mark.parametrize("unroll", [2, 3, 50])
+def test_unrolled_layers_change_nothing(unroll):
+    params, tokens = params_of(CONFIG), tokens_of(2, 2, 9)
+    plain = loss_and_grads(build(CONFIG), params, tokens)
+    close(loss_and_grads(build(CONFIG, ComputeConfig(scan_unroll=unroll)), params, tokens), plain)
+
+
+@pytest.mark.parametrize("policy", get_args(RematPolicy))
+def test_remat_changes_nothing(policy):
+    config = VARIANTS["qwen3"]
+    params, tokens = params_of(config), tokens_of(3, 2, 9)
+    for unroll in (1, 3):
+        model = build(config, ComputeConfig(remat=policy, scan_unroll=unroll))
+        close(loss_and_grads(model, params, tokens), loss_and_grads(build(config), params, tokens))
+
+
+def test_remat_saves_memory():
+    params, tokens = params_of(CONFIG), tokens_of(4, 16, 64)
+
+    def temporary(policy):
+        model = build(CONFIG, ComputeConfig(remat=policy))
+        grad = jax.jit(jax.grad(lambda params: cross_entropy(model, params, tokens)))
+        return grad.lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    none, dots, full = (temporary(policy) for policy in ("none", "dots", "full"))
+    assert full < dots < none
+
+
+def test_query_chunk_changes_nothing():
+    params, tokens = params_of(VARIANTS["mistral"]), tokens_of(5, 2, 11)
+    model, chunked = (build(VARIANTS["mistral"], ComputeConfig(query_chunk=chunk, remat="full")) for chunk in (None, 4))
+    close(loss_and_grads(chunked, params, tokens), loss_and_grads(model, params, tokens))
+
+
+def test_causality_by_gradient():
+    params, length = params_of(CONFIG), 10
+    tokens = jnp.arange(length)[None]  # every token once, so that a row of the table is a place in the text
+
+    def logits(table, t):
+        return jnp.sum(build(CONFIG).apply({**params, "embed": {"embedding": table}}, tokens).logits[0, t])
+
+    grad = jax.jit(jax.grad(logits))
+    for t in (0, 4, 9):
+        by_token = grad(params["embed"]["embedding"], t)
+        assert not np.any(by_token[t + 1:])
+        assert np.all(np.any(by_token[:t + 1], axis=-1))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("with_positions", [True, False])
+def test_packed_documents_are_separate(name, with_positions):
+    """Rotary positions and the window are relative, so positions may also run on through the row."""
+    model, params = build(VARIANTS[name]), params_of(VARIANTS[name])
+    documents = [tokens_of(seed, 1, length) for seed, length in ((6, 5), (7, 7), (8, 3))]
+    pad = jnp.zeros((1, 2), jnp.int32)
+    packed = jnp.concatenate([*documents, pad], axis=1)
+    segments = jnp.asarray([[1] * 5 + [2] * 7 + [3] * 3 + [0] * 2])
+    positions = jnp.asarray([[*range(5), *range(7), *range(3), 0, 0]]) if with_positions else None
+    logits = model.apply(params, packed, segments=segments, positions=positions).logits[:, :15]
+    separate = [model.apply(params, document).logits for document in documents]
+    close([logits], [jnp.concatenate(separate, axis=1)])
+    weights = (segments[:, 1:] == segments[:, :-1]) * (segments[:, 1:] > 0)
+    arguments = {"segments": segments, "weights": weights}
+    arguments |= {"positions": positions} if with_positions else {}
+    parts = [loss_and_grads(model, params, document) for document in documents]
+    close(loss_and_grads(model, params, packed, **arguments), jax.tree.map(lambda *x: sum(x), *parts), atol=3e-5)
+
+
+def test_padded_rows_give_finite_gradients():
+    params, tokens = params_of(VARIANTS["mistral"]), tokens_of(9, 3, 8)
+    segments = jnp.asarray([[1] * 8, [0] * 8, [0, 0, 1, 1, 1, 0, 0, 0]])
+    weights = (segments[:, 1:] == segments[:, :-1]) * (segments[:, 1:] > 0)
+    for chunk in (None, 3):
+        model = build(VARIANTS["mistral"], ComputeConfig(query_chunk=chunk))
+        _, grads = loss_and_grads(model, params, tokens, segments=segments, weights=weights)
+        assert all(np.all(np.isfinite(grad)) for grad in jax.tree.leaves(grads))
+        assert np.all(np.isfinite(model.apply(params, tokens, segments=segments).logits))
+        without = loss_and_grads(model, params, tokens[::2], segments=segments[::2], weights=weights[::2])[1]
+        close(grads, without)
+
+
+PADDINGS = {"none": [(0, 10)] * 3, "left": [(4, 10), (0, 10), (7, 10)], "right": [(0, 6), (0, 10), (0, 3)]}
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma"])
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_cached_decoding_equals_the_full_forward(name, padding):
+    config = VARIANTS[name]
+    model, params, tokens = build(config), params_of(config), tokens_of(10, 3, 14)
+    segments = np.ones((3, 14), np.int32)
+    for row, (start, stop) in enumerate(PADDINGS[padding]):
+        segments[row, :start] = segments[row, stop:10] = 0  # the prompt is the first 10, four tokens follow
+    positions = jnp.asarray(np.maximum(np.cumsum(segments, axis=1) - 1, 0))
+    expected = [model.apply(params, tokens[row][segments[row] == 1][None]).logits[0] for row in range(3)]
+    apply = jax.jit(model.apply)
+    for cuts in ((10, 11, 12, 13), (1, 5, 10, 11, 12, 13)):  # the prompt whole and in pieces, then one by one
+        cache, pieces = init_cache(config, 3, 16), []
+        for start, stop in zip((0, *cuts), (*cuts, 14), strict=True):
+            labels = {} if padding == "none" else {
+                "positions": positions[:, start:stop], "segments": jnp.asarray(segments[:, start:stop])}
+            out = apply(params, tokens[:, start:stop], cache=cache, **labels)
+            cache, pieces = out.cache, [*pieces, out.logits]
+        assert int(cache.length) == 14
+        logits = jnp.concatenate(pieces, axis=1)
+        close([logits[row][segments[row] == 1] for row in range(3)], expected, atol=2e-5)
+
+
+MESH_CONFIG = ModelConfig(
+    vocab_size=64, d_model=16, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=4, d_ff=32, max_positions=256,
+    qkv_bias=True, qk_norm=True)
+
+
+@functools.cache
+def on_one_device():
+    tokens, segments = mesh_batch()
+    return loss_and_grads(build(MESH_CONFIG), params_of(MESH_CONFIG), tokens, segments=segments)
+
+
+def mesh_batch():
+    tokens = tokens_of(11, 8, 130, vocab_size=64)
+    return tokens, jnp.asarray(np.sort(np.random.default_rng(12).integers(1, 4, tokens.shape), axis=1))
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 1, 4), (2, 2, 2), (1, 2, 4)])
+def test_eight_devices_equal_one(sizes):
+    mesh = make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))))
+    model, params = build(MESH_CONFIG), params_of(MESH_CONFIG)
+    shardings = tree_shardings(params, PARAM_RULES, mesh)
+    with jax.set_mesh(mesh):
+        tokens, segments = put_batch(jax.device_get(mesh_batch()), mesh)
+        f = jax.jit(jax.value_and_grad(lambda params, tokens, segments: cross_entropy(
+            model, params, tokens, segments=segments) / 1000), out_shardings=(None, shardings))
+        loss, grads = f(jax.device_put(params, shardings), tokens, segments)
+    expected = jax.tree.map(lambda x: x / 1000, on_one_device())
+    close(jax.device_get((loss, grads)), expected)
+    kernel = grads["layers"]["mlp"]["up"]["kernel"]
+    assert kernel.addressable_shards[0].data.size * sizes[1] * sizes[2] == kernel.size
+
+
+def test_init_on_a_mesh_is_the_init_of_one_device():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    model, key = build(MESH_CONFIG), jax.random.key(3)
+    shardings = tree_shardings(jax.eval_shape(model.init, key), PARAM_RULES, mesh)
+    with jax.set_mesh(mesh):
+        sharded = jax.jit(model.init, out_shardings=shardings)(key)
+    close(jax.device_get(sharded), jax.jit(model.init)(key), atol=1e-7)
+
+
+def test_init_is_as_documented():
+    config = replace(VARIANTS["qwen2"], qk_norm=True, d_model=64, init_std=0.05)
+    params = named_leaves(jax.jit(build(config).init)(jax.random.key(0)))
+    for name, leaf in params.items():
+        assert leaf.dtype == jnp.float32
+        if name.endswith(("kernel", "embedding")):
+            assert abs(float(jnp.std(leaf)) / 0.05 - 1) < 0.1 and abs(float(jnp.mean(leaf))) < 0.005, name
+        else:
+            assert np.all(leaf == (0.0 if name.endswith("bias") else 1.0)), name
+    layers = params["layers/mlp/up/kernel"]
+    assert not np.any(layers[0] == layers[1])  # every layer has its own key
+    gemma = named_leaves(jax.jit(build(GEMMA).init)(jax.random.key(0)))
+    assert not np.any(gemma["final_norm/scale"]) and "head/kernel" not in gemma
+    bfloat16 = build(config, ComputeConfig(dtype="bfloat16", remat="full", scan_unroll=2, query_chunk=4))
+    close(jax.jit(bfloat16.init)(jax.random.key(0)), jax.jit(build(config).init)(jax.random.key(0)), atol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma"])
+def test_bfloat16_is_close_to_float32(name):
+    params, tokens = params_of(VARIANTS[name]), tokens_of(13, 2, 12)
+    model = build(VARIANTS[name], ComputeConfig(dtype="bfloat16"))
+    out, expected = model.apply(params, tokens), build(VARIANTS[name]).apply(params, tokens)
+    assert out.hidden.dtype == jnp.bfloat16 and out.logits.dtype == jnp.float32
+    assert float(jnp.linalg.norm(out.logits - expected.logits) / jnp.linalg.norm(expected.logits)) < 0.02
+    _, grads = loss_and_grads(model, params, tokens)
+    _, exact = loss_and_grads(build(VARIANTS[name]), params, tokens)
+    for path, grad in named_leaves(grads).items():
+        assert grad.dtype == jnp.float32
+        difference = jnp.linalg.norm(grad - named_leaves(exact)[path])
+        assert float(difference / jnp.linalg.norm(named_leaves(exact)[path])) < 0.05, path
+
+
+def test_embedding_gradient_of_a_frequent_token_is_summed_in_float32():
+    params = params_of(replace(CONFIG, num_layers=1))
+    tokens = jnp.full((64, 32), 7, jnp.int32)  # bfloat16 sums of 2048 near equal terms would stop growing at 256
+
+    def total(dtype):
+        model = build(replace(CONFIG, num_layers=1), ComputeConfig(dtype=dtype))
+        grads = jax.grad(lambda params: jnp.sum(model.apply(params, tokens).logits[..., 0]))(params)
+        return grads["embed"]["embedding"][7]
+
+    exact = total("float32")
+    assert float(jnp.linalg.norm(total("bfloat16") - exact) / jnp.linalg.norm(exact)) < 0.02
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_logits_are_hidden_times_head(name):
+    model, params, tokens = build(VARIANTS[name]), params_of(VARIANTS[name]), tokens_of(14, 2, 5)
+    out = model.apply(params, tokens, logits=False)
+    assert out.logits is None and model.head(params).shape == (CONFIG.d_model, CONFIG.vocab_size)
+    close([out.hidden @ model.head(params)], [model.apply(params, tokens).logits])
+
+
+def test_models_are_static_arguments():
+    assert build(CONFIG) == build(replace(CONFIG)) and hash(build(CONFIG)) == hash(build(replace(CONFIG)))
+    assert build(CONFIG) != build(CONFIG, ComputeConfig(remat="full"))
+
+
+def test_names_equal_the_config():
+    assert set(REMAT_POLICIES) == set(get_args(RematPolicy))
+    assert set(ACTIVATIONS) == set(get_args(Activation))
+
+
+def test_a_chosen_backend_is_kept():
+    model = build(CONFIG, ComputeConfig(attention="splash"))
+    with pytest.raises(ValueError, match="attention backend 'splash' runs on TPU, not on cpu"):
+        model.apply(params_of(CONFIG), tokens_of(15, 1, 4))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"tokens": jnp.zeros(4, jnp.int32)}, r"tokens must be integers \[B, T\], got int32 of shape \(4,\)"),
+    ({"tokens": jnp.zeros((1, 4))}, r"tokens must be integers \[B, T\], got float32 of shape \(1, 4\)"),
+    ({"positions": jnp.zeros((1, 4), jnp.int32)}, r"positions must be integers of the tokens' shape \(2, 4\)"),
+    ({"segments": jnp.ones((2, 3), jnp.int32)}, r"segments must be integers of the tokens' shape \(2, 4\)"),
+    ({"segments": jnp.ones((2, 4))}, "segments must be integers .* got float32"),
+    ({"tokens": jnp.zeros((1, 65), jnp.int32)}, "65 tokens are more than max_positions 64: .* give positions"),
+    ({"cache": init_cache(replace(CONFIG, num_layers=2), 2, 8)}, r"the cache has .* \(2, 2, 6, 'float32'\)"),
+    ({"cache": init_cache(CONFIG, 2, 8, jnp.bfloat16)}, "'bfloat16'.*, this model .* 'float32'"),
+    ({"cache": init_cache(CONFIG, 3, 8)}, "2 rows of 4 tokens do not fit a cache of 3 rows and 8 slots"),
+    ({"cache": init_cache(CONFIG, 2, 3)}, "2 rows of 4 tokens do not fit a cache of 2 rows and 3 slots"),
+])
+def test_wrong_inputs(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build(CONFIG).apply(params_of(CONFIG), **{"tokens": jnp.zeros((2, 4), jnp.int32), **arguments})
+
+
+def test_positions_may_go_beyond_the_context():
+    tokens = jnp.zeros((1, 65), jnp.int32)
+    out = build(CONFIG).apply(params_of(CONFIG), tokens, positions=jnp.arange(65)[None])
+    assert np.all(np.isfinite(out.logits))
+
+
+def test_reserve_labels_the_next_slots():
+    cache = init_cache(CONFIG, 2, 5)
+    cache = reserve(cache, jnp.asarray([[0, 1], [1, 1]]), jnp.asarray([[0, 0], [0, 1]]))
+    cache = reserve(cache, jnp.asarray([[1], [1]]), jnp.asarray([[1], [2]]))
+    np.testing.assert_array_equal(cache.segments, [[0, 1, 1, 0, 0], [1, 1, 1, 0, 0]])
+    np.testing.assert_array_equal(cache.positions, [[0, 0, 1, 0, 0], [0, 1, 2, 0, 0]])
+    assert int(cache.length) == 3
