@@ -40,6 +40,7 @@ from jaxlm.data.tokenizer import (
 )
 from jaxlm.eval.likelihood import bits_per_byte
 from jaxlm.generate.decode import greedy_decode, left_pad
+from jaxlm.model.attention import resolve_backend
 from jaxlm.model.config import ComputeConfig, ModelConfig, flops_per_token
 from jaxlm.model.decoder import Model, build
 from jaxlm.model.partition import PARAM_RULES
@@ -175,8 +176,8 @@ def make_evaluation(
         values = {f"eval/bpb_{language}": bits_per_byte(nll, params, batches, num_bytes, mesh)
                   for language, (batches, num_bytes) in loaded.items()}
         out = greedy_decode(model, params, tokens, segments, max_new_tokens=config.sample_tokens,
-                            eos_id=tokenizer.eos_id)
-        lines = [f"  {prompt} |{tokenizer.decode([i for i in row if i != tokenizer.eos_id])}"
+                            eos_id=tokenizer.eos_id, num_tokens=tokenizer.vocab_size)
+        lines = [f"  {prompt} | {tokenizer.decode(row).strip()}".replace("\n", " ⏎ ")
                  for prompt, row in zip(config.prompts, jax.device_get(out).tolist(), strict=False)]
         numbers = "  ".join(f"{name.removeprefix('eval/bpb_')} {value:.4f}" for name, value in values.items())
         return values, "\n".join([f"held out at step {step}, bits per byte: {numbers}", *lines])
@@ -196,6 +197,7 @@ def make_tokenizer(config: Config, sources: Sequence[Source]) -> Tokenizer:
 
 def check(config: Config, mesh: Mesh) -> None:
     """ValueError for settings that do not fit together."""
+    attention_backend(config)
     check_batch(config.pipeline.batch_size, config.accumulate, mesh)
     if config.pipeline.seq_len > config.model.max_positions:
         raise ValueError(f"pipeline.seq_len {config.pipeline.seq_len} exceeds model.max_positions "
@@ -214,6 +216,14 @@ class Prepared(NamedTuple):
     checkpointer: Checkpointer
     batches: Batches
     evaluate: Callable[[Any, int], tuple[dict[str, float], str]]
+
+
+def attention_backend(config: Config) -> str:
+    """The backend of the training step; ValueError if the one asked for cannot compute it exactly."""
+    return resolve_backend(
+        config.compute.attention, platform=jax.default_backend(), dtype=config.compute.dtype,
+        head_dim=config.model.head_dim, q_len=config.pipeline.seq_len, segments=True, positions=True,
+        window=config.model.window, query_chunk=config.compute.query_chunk)
 
 
 def prepare(config: Config) -> Prepared:
@@ -235,6 +245,10 @@ def prepare(config: Config) -> Prepared:
     excluded = excluded_ids(tokenizer, data.never_predict)
     batches = make_pipeline(sources, tokenizer, config.pipeline, excluded=excluded, seed=config.seed,
                             process_index=jax.process_index(), process_count=jax.process_count())
+    for source in (*sources, *held_out):
+        log.info("%s: %d documents, weight %g, dropped: %s", source.config.path, len(source), source.config.weight,
+                 ", ".join(f"{count} {reason}" for reason, count in source.dropped.items()))
+    log.info("tokenizer: %d tokens, fingerprint %.12s", tokenizer.vocab_size, tokenizer.fingerprint())
     model = build(config.model, config.compute)
     evaluate = make_evaluation(config, model, tokenizer, held_out, mesh)
     if not config.resume:
@@ -259,10 +273,10 @@ def train(config: Config, prepared: Prepared) -> None:
         state = init_state(model.init, tx, derive(config.seed, "init"), mesh, PARAM_RULES)
     peak, peak_text = peak_flops(config.compute.dtype)
     per_token = flops_per_token(config.model, config.pipeline.seq_len)
-    log.info("%s parameters, %s tokens a batch, mesh %s, %s attention; MFU: %s model FLOPs a token, peak %s",
-             human_count(count_parameters(state.params)),
-             human_count(config.pipeline.batch_size * config.pipeline.seq_len), dict(mesh.shape),
-             config.compute.attention, human_count(per_token), peak_text)
+    log.info("%s parameters, %s tokens a batch, mesh %s", human_count(count_parameters(state.params)),
+             human_count(config.pipeline.batch_size * config.pipeline.seq_len), dict(mesh.shape))
+    log.info("%s attention in %s; MFU: %s FLOPs a token, peak %s", attention_backend(config), config.compute.dtype,
+             human_count(per_token), peak_text)
     metric_log = MetricLog(config.folder)
     try:
         fit(state, step, batches, mesh=mesh, config=config.loop, checkpointer=checkpointer, metric_log=metric_log,
@@ -271,6 +285,7 @@ def train(config: Config, prepared: Prepared) -> None:
         checkpointer.close()
         metric_log.close()
         batches.close()
+    log.info("data: %s", ", ".join(f"{name} {value:.3g}" for name, value in batches.stats().items()))
     plot_curves(config.folder / "metrics.jsonl", config.folder / "curves.png")
     log.info("run folder: %s", config.folder)
 

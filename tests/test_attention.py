@@ -56,6 +56,10 @@ def by_definition(q, k, v, mask, scale=None):
     return jnp.einsum("bnts,bsnh->btnh", probs, v)
 
 
+def compiled(q, k, v, **arguments):
+    return jax.jit(functools.partial(attention, **arguments))(q, k, v)
+
+
 def value_and_grads(f, q, k, v, g):
     def loss(q, k, v):
         y = f(q, k, v)
@@ -83,7 +87,7 @@ MASKS = list(itertools.product((True, False), (True, False), (None, 5)))
 def test_equals_definition(T, N, K):
     q, k, v, g = draw(0, 2, T, T, N, K, 8)
     segments, positions = packed(1, 2, T)
-    for causal, with_segments, window in MASKS:
+    for causal, with_segments, window in MASKS if T > 9 else [(True, True, 5), (False, False, None)]:
         pairs = {"segments": (segments,) * 2, "positions": (positions,) * 2} if with_segments else {}
         mask = seen(2, T, T, causal=causal, window=window, **pairs)
         arguments = {f"{side}_{name}": x for name, (x, _) in pairs.items() for side in ("q", "kv")}
@@ -100,18 +104,30 @@ def test_window_without_positions_goes_by_index_within_segments():
           value_and_grads(with_positions, q, k, v, g), atol=2e-6)
 
 
+def test_window_goes_by_given_positions():
+    q, k, v, g = draw(18, 1, 131, 131, 4, 2, 8)
+    positions = jnp.arange(131, dtype=jnp.int32)[None] // 9  # a window of 3 positions is up to 27 keys
+    mask = seen(1, 131, 131, positions=(positions,) * 2, window=3)
+    f = functools.partial(attention, q_positions=positions, kv_positions=positions, window=3)
+    close(value_and_grads(f, q, k, v, g), value_and_grads(lambda *x: by_definition(*x, mask), q, k, v, g))
+
+
 @pytest.mark.parametrize("traced", [True, False])
 @pytest.mark.parametrize("window", [None, 40])
 def test_offset_of_queries(traced, window):
     q, k, v, _ = draw(4, 2, 130, 170, 4, 2, 8)
     whole = by_definition(q, k, v, seen(2, 130, 170, offset=33, window=window), scale=0.2)
-    offset = jnp.asarray(33) if traced else 33
-    close([attention(q, k, v, q_offset=offset, window=window, scale=0.2)], [whole])
+    if traced:
+        actual = jax.jit(lambda q, k, v, offset: attention(q, k, v, q_offset=offset, window=window, scale=0.2))(
+            q, k, v, 33)
+    else:
+        actual = compiled(q, k, v, q_offset=33, window=window, scale=0.2)
+    close([actual], [whole])
 
 
 def test_more_queries_than_keys():
     q, k, v, _ = draw(5, 1, 140, 20, 2, 1, 8)
-    actual = attention(q, k, v, window=30)
+    actual = compiled(q, k, v, window=30)
     close([actual[:, :49]], [by_definition(q[:, :49], k, v, seen(1, 49, 20, window=30))])
     assert not np.any(actual[:, 49:])  # the last key, 19, is 30 away from query 49
 
@@ -175,7 +191,7 @@ def test_half_precision(dtype):
     assert all(x.dtype == dtype for x in actual)
     close(actual, value_and_grads(attention, *(x.astype(jnp.float32) for x in half)), atol=0.06)
     large = jnp.full((1, 3, 1, 2), 200, dtype)  # scores over the largest float16
-    assert np.all(np.isfinite(attention(large, large, large)))
+    assert np.all(np.isfinite(compiled(large, large, large)))
 
 
 @pytest.mark.parametrize(("causal", "window", "with_segments", "N", "K"), [

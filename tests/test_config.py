@@ -90,7 +90,7 @@ def test_file_round_trip(preset, tmp_path):
 def test_wrong_files_name_field_and_place(change, answer, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(to_json(PRESETS["smoke"]) | change))
-    with pytest.raises(ValueError, match="config.json") as error:
+    with pytest.raises(ValueError, match=r"config\.json") as error:
         load_config(Outer, path)
     assert answer in str(error.value)
 

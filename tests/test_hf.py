@@ -305,19 +305,22 @@ BASE = {name: value for name, value in to_hf_config(TINY, "llama").items() if va
 def test_every_unsupported_setting_is_listed():
     bad = {"attention_bias": True, "mlp_bias": True, "attention_dropout": 0.1, "hidden_act": "relu",
            "final_logit_softcapping": 30.0, "partial_rotary_factor": 0.5, "sliding_window": 7, "query_scale": 3,
-           "rope_parameters": {"rope_type": "yarn", "factor": 2.0}, "hidden_size": "8", "layer_types": ["linear"] * 2,
-           "quantization_config": {"bits": 4}, "intermediate_size": ...}
+           "use_mrope": True, "rope_parameters": {"rope_type": "yarn", "factor": 2.0}, "hidden_size": "8",
+           "layer_types": ["linear"] * 2, "quantization_config": {"bits": 4}, "intermediate_size": ...}
     values = {name: value for name, value in {**BASE, **bad}.items() if value is not ...}
     with pytest.raises(ValueError) as error:
         from_hf_config(values)
     text = str(error.value)
     for words in ("attention_bias=True", "mlp_bias=True", "attention_dropout=0.1", "activation 'relu'",
                   "final_logit_softcapping=30.0", "partial_rotary_factor=0.5", "sliding_window=7 has no effect",
-                  "unknown field query_scale=3", "rope type 'yarn'", "hidden_size must be int, got '8'",
-                  "layer_types ['linear']", "quantization_config=", "intermediate_size is missing"):
+                  "use_mrope=True", "unknown field query_scale=3", "rope type 'yarn'",
+                  "hidden_size must be int, got '8'", "layer_types ['linear']", "quantization_config=",
+                  "intermediate_size is missing"):
         assert words in text, words
-    assert text.startswith("13 problem(s) in a llama configuration: ")
+    assert text.startswith("14 problem(s) in a llama configuration: ")
     assert from_hf_config({**BASE, "query_scale": 3}, ignore=["query_scale"]) == TINY
+    with pytest.raises(ValueError, match="use_sliding_window=False has no effect in mistral"):
+        from_hf_config({**to_hf_config(CONFIGS["mistral"], "mistral"), "use_sliding_window": False})
     with pytest.raises(ValueError, match=r"model_type 'qwen' is not supported \(did you mean 'qwen\d'"):
         from_hf_config({**BASE, "model_type": "qwen"})
 

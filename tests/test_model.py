@@ -30,8 +30,8 @@ VARIANTS = {
     "linear": replace(CONFIG, rope_scaling=RopeScaling(kind="linear", factor=4.0)),
     "mistral": replace(CONFIG, window=3),
     "qwen2": replace(CONFIG, qkv_bias=True),
-    "qwen3": replace(CONFIG, qk_norm=True),
     "gemma": GEMMA,
+    "windowed qwen3": replace(CONFIG, qk_norm=True, window=4),
 }
 
 
@@ -48,23 +48,31 @@ def tokens_of(seed, *shape, vocab_size=CONFIG.vocab_size):
     return jnp.asarray(np.random.default_rng(seed).integers(0, vocab_size, shape), jnp.int32)
 
 
-def close(actual, expected, atol=1e-5):
+def close(actual, expected, tolerance=5e-6):
+    """Every leaf within `tolerance` of its largest entry (or of 1, if that is smaller): a sum rounds with its terms."""
     actual, expected = named_leaves(actual), named_leaves(expected)
     assert actual.keys() == expected.keys()
     for name in expected:
-        np.testing.assert_allclose(actual[name], expected[name], atol=atol, rtol=0, err_msg=name)
+        size = max(1.0, float(np.max(np.abs(expected[name]))))
+        np.testing.assert_allclose(actual[name], expected[name], atol=tolerance * size, rtol=0, err_msg=name)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def forward(model, params, tokens, **arguments):
+    return model.apply(params, tokens, **arguments)
 
 
 def cross_entropy(model, params, tokens, weights=None, **arguments):
-    """Sum over the tokens of the negative log-likelihood of the next one."""
+    """Sum over the tokens of the negative log-likelihood of the next one, and the logits."""
     logits = model.apply(params, tokens, **arguments).logits
     nll = -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)[..., 0]
-    return jnp.sum(nll if weights is None else nll * weights)
+    return jnp.sum(nll if weights is None else nll * weights), logits
 
 
+@functools.partial(jax.jit, static_argnames="model")
 def loss_and_grads(model, params, tokens, **arguments):
-    f = jax.jit(jax.value_and_grad(lambda params, arguments: cross_entropy(model, params, tokens, **arguments)))
-    return f(params, arguments)
+    """((loss, logits), gradients)"""
+    return jax.value_and_grad(lambda params: cross_entropy(model, params, tokens, **arguments), has_aux=True)(params)
 
 
 # An independent decoder: NumPy, float64, one document at a time, one layer after the other, one head at a time.
@@ -137,27 +145,22 @@ def numpy_decoder(config, params, tokens):
 def test_equals_the_numpy_decoder(name):
     config = VARIANTS[name]
     params, tokens = params_of(config), tokens_of(1, 2, 11)
-    out = jax.jit(build(config).apply)(params, tokens)
+    out = forward(build(config), params, tokens)
     expected = np.stack([numpy_decoder(config, params, row) for row in np.asarray(tokens)])
     assert np.std(expected) > 0.3
-    close({"logits": out.logits}, {"logits": expected}, atol=2e-5)
+    close({"logits": out.logits}, {"logits": expected})
     assert out.logits.dtype == jnp.float32 and out.cache is None
 
 
-@pytest.mark.parametrize("unroll", [2, 3, 50])
-def test_unrolled_layers_change_nothing(unroll):
-    params, tokens = params_of(CONFIG), tokens_of(2, 2, 9)
-    plain = loss_and_grads(build(CONFIG), params, tokens)
-    close(loss_and_grads(build(CONFIG, ComputeConfig(scan_unroll=unroll)), params, tokens), plain)
-
-
-@pytest.mark.parametrize("policy", get_args(RematPolicy))
-def test_remat_changes_nothing(policy):
-    config = VARIANTS["qwen3"]
+@pytest.mark.parametrize("compute", [
+    {"scan_unroll": 2}, {"scan_unroll": 50}, {"scan_unroll": 3, "remat": "full"}, {"query_chunk": 4, "remat": "dots"},
+    *({"remat": policy} for policy in get_args(RematPolicy)),
+])
+def test_computing_otherwise_changes_nothing(compute):
+    config = VARIANTS["windowed qwen3"]
     params, tokens = params_of(config), tokens_of(3, 2, 9)
-    for unroll in (1, 3):
-        model = build(config, ComputeConfig(remat=policy, scan_unroll=unroll))
-        close(loss_and_grads(model, params, tokens), loss_and_grads(build(config), params, tokens))
+    plain = loss_and_grads(build(config), params, tokens)
+    close(loss_and_grads(build(config, ComputeConfig(**compute)), params, tokens), plain)
 
 
 def test_remat_saves_memory():
@@ -165,17 +168,11 @@ def test_remat_saves_memory():
 
     def temporary(policy):
         model = build(CONFIG, ComputeConfig(remat=policy))
-        grad = jax.jit(jax.grad(lambda params: cross_entropy(model, params, tokens)))
+        grad = jax.jit(jax.grad(lambda params: cross_entropy(model, params, tokens)[0]))
         return grad.lower(params).compile().memory_analysis().temp_size_in_bytes
 
-    none, dots, full = (temporary(policy) for policy in ("none", "dots", "full"))
-    assert full < dots < none
-
-
-def test_query_chunk_changes_nothing():
-    params, tokens = params_of(VARIANTS["mistral"]), tokens_of(5, 2, 11)
-    model, chunked = (build(VARIANTS["mistral"], ComputeConfig(query_chunk=chunk, remat="full")) for chunk in (None, 4))
-    close(loss_and_grads(chunked, params, tokens), loss_and_grads(model, params, tokens))
+    full, no_batch, dots, none = (temporary(policy) for policy in ("full", "dots_no_batch", "dots", "none"))
+    assert full < 0.8 * no_batch < 0.8 * 0.8 * dots < 0.8 * 0.8 * 0.8 * none
 
 
 def test_causality_by_gradient():
@@ -192,43 +189,42 @@ def test_causality_by_gradient():
         assert np.all(np.any(by_token[:t + 1], axis=-1))
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral"])
-@pytest.mark.parametrize("with_positions", [True, False])
+@pytest.mark.parametrize(("name", "with_positions"), [("gemma", True), ("mistral", False)])
 def test_packed_documents_are_separate(name, with_positions):
     """Rotary positions and the window are relative, so positions may also run on through the row."""
     model, params = build(VARIANTS[name]), params_of(VARIANTS[name])
-    documents = [tokens_of(seed, 1, length) for seed, length in ((6, 5), (7, 7), (8, 3))]
-    pad = jnp.zeros((1, 2), jnp.int32)
-    packed = jnp.concatenate([*documents, pad], axis=1)
-    segments = jnp.asarray([[1] * 5 + [2] * 7 + [3] * 3 + [0] * 2])
-    positions = jnp.asarray([[*range(5), *range(7), *range(3), 0, 0]]) if with_positions else None
-    logits = model.apply(params, packed, segments=segments, positions=positions).logits[:, :15]
-    separate = [model.apply(params, document).logits for document in documents]
-    close([logits], [jnp.concatenate(separate, axis=1)])
-    weights = (segments[:, 1:] == segments[:, :-1]) * (segments[:, 1:] > 0)
-    arguments = {"segments": segments, "weights": weights}
-    arguments |= {"positions": positions} if with_positions else {}
+    documents = [tokens_of(seed, 1, length) for seed, length in ((6, 5), (7, 8), (8, 5))]
+    packed = jnp.concatenate([*documents, jnp.zeros((1, 2), jnp.int32)], axis=1)
+    labels = {"segments": jnp.asarray([[1] * 5 + [2] * 8 + [3] * 5 + [0] * 2])}
+    if with_positions:
+        labels["positions"] = jnp.asarray([[*range(5), *range(8), *range(5), 0, 0]])
     parts = [loss_and_grads(model, params, document) for document in documents]
-    close(loss_and_grads(model, params, packed, **arguments), jax.tree.map(lambda *x: sum(x), *parts), atol=3e-5)
+    (loss, logits), grads = loss_and_grads(model, params, packed, weights=within(labels["segments"]), **labels)
+    close(logits[:, :18], jnp.concatenate([logits for (_, logits), _ in parts], axis=1))
+    close((loss, grads), jax.tree.map(lambda *x: sum(x), *((loss, grads) for (loss, _), grads in parts)))
 
 
-def test_padded_rows_give_finite_gradients():
-    params, tokens = params_of(VARIANTS["mistral"]), tokens_of(9, 3, 8)
+def within(segments):
+    """1 where a token and the next are of one document."""
+    return (segments[:, 1:] == segments[:, :-1]) * (segments[:, 1:] > 0)
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_padded_rows_change_nothing(chunk):
+    config = VARIANTS["mistral"]
+    model, params, tokens = build(config, ComputeConfig(query_chunk=chunk)), params_of(config), tokens_of(9, 3, 8)
     segments = jnp.asarray([[1] * 8, [0] * 8, [0, 0, 1, 1, 1, 0, 0, 0]])
-    weights = (segments[:, 1:] == segments[:, :-1]) * (segments[:, 1:] > 0)
-    for chunk in (None, 3):
-        model = build(VARIANTS["mistral"], ComputeConfig(query_chunk=chunk))
-        _, grads = loss_and_grads(model, params, tokens, segments=segments, weights=weights)
-        assert all(np.all(np.isfinite(grad)) for grad in jax.tree.leaves(grads))
-        assert np.all(np.isfinite(model.apply(params, tokens, segments=segments).logits))
-        without = loss_and_grads(model, params, tokens[::2], segments=segments[::2], weights=weights[::2])[1]
-        close(grads, without)
+    (loss, logits), grads = loss_and_grads(model, params, tokens, segments=segments, weights=within(segments))
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((loss, logits, grads)))
+    rest = segments[::2]
+    (expected, _), gradients = loss_and_grads(model, params, tokens[::2], segments=rest, weights=within(rest))
+    close((loss, grads), (expected, gradients))
 
 
-PADDINGS = {"none": [(0, 10)] * 3, "left": [(4, 10), (0, 10), (7, 10)], "right": [(0, 6), (0, 10), (0, 3)]}
+PADDINGS = {"none": [(0, 10)] * 3, "left": [(4, 10), (0, 10), (4, 10)], "right": [(0, 6), (0, 10), (0, 6)]}
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma"])
+@pytest.mark.parametrize("name", ["mistral", "gemma"])
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_cached_decoding_equals_the_full_forward(name, padding):
     config = VARIANTS[name]
@@ -237,18 +233,17 @@ def test_cached_decoding_equals_the_full_forward(name, padding):
     for row, (start, stop) in enumerate(PADDINGS[padding]):
         segments[row, :start] = segments[row, stop:10] = 0  # the prompt is the first 10, four tokens follow
     positions = jnp.asarray(np.maximum(np.cumsum(segments, axis=1) - 1, 0))
-    expected = [model.apply(params, tokens[row][segments[row] == 1][None]).logits[0] for row in range(3)]
-    apply = jax.jit(model.apply)
-    for cuts in ((10, 11, 12, 13), (1, 5, 10, 11, 12, 13)):  # the prompt whole and in pieces, then one by one
+    expected = [forward(model, params, tokens[row][segments[row] == 1][None]).logits[0] for row in range(3)]
+    for cuts in ((10, 11, 12, 13), (1, 2, 6, 10, 11, 12, 13)):  # the prompt whole and in pieces, then one by one
         cache, pieces = init_cache(config, 3, 16), []
         for start, stop in zip((0, *cuts), (*cuts, 14), strict=True):
             labels = {} if padding == "none" else {
                 "positions": positions[:, start:stop], "segments": jnp.asarray(segments[:, start:stop])}
-            out = apply(params, tokens[:, start:stop], cache=cache, **labels)
+            out = forward(model, params, tokens[:, start:stop], cache=cache, **labels)
             cache, pieces = out.cache, [*pieces, out.logits]
         assert int(cache.length) == 14
         logits = jnp.concatenate(pieces, axis=1)
-        close([logits[row][segments[row] == 1] for row in range(3)], expected, atol=2e-5)
+        close([logits[row][segments[row] == 1] for row in range(3)], expected)
 
 
 MESH_CONFIG = ModelConfig(
@@ -267,7 +262,7 @@ def mesh_batch():
     return tokens, jnp.asarray(np.sort(np.random.default_rng(12).integers(1, 4, tokens.shape), axis=1))
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 1, 4), (2, 2, 2), (1, 2, 4)])
+@pytest.mark.parametrize("sizes", [(4, 2, 1), (2, 2, 2), (1, 2, 4)])
 def test_eight_devices_equal_one(sizes):
     mesh = make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))))
     model, params = build(MESH_CONFIG), params_of(MESH_CONFIG)
@@ -275,12 +270,16 @@ def test_eight_devices_equal_one(sizes):
     with jax.set_mesh(mesh):
         tokens, segments = put_batch(jax.device_get(mesh_batch()), mesh)
         f = jax.jit(jax.value_and_grad(lambda params, tokens, segments: cross_entropy(
-            model, params, tokens, segments=segments) / 1000), out_shardings=(None, shardings))
-        loss, grads = f(jax.device_put(params, shardings), tokens, segments)
-    expected = jax.tree.map(lambda x: x / 1000, on_one_device())
-    close(jax.device_get((loss, grads)), expected)
+            model, params, tokens, segments=segments), has_aux=True), out_shardings=(None, shardings))
+        values, grads = f(jax.device_put(params, shardings), tokens, segments)
+    close(jax.device_get((values, grads)), on_one_device())
     kernel = grads["layers"]["mlp"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.size * sizes[1] * sizes[2] == kernel.size
+
+
+@functools.cache
+def initial(config):
+    return jax.jit(build(config).init)(jax.random.key(3))
 
 
 def test_init_on_a_mesh_is_the_init_of_one_device():
@@ -289,39 +288,38 @@ def test_init_on_a_mesh_is_the_init_of_one_device():
     shardings = tree_shardings(jax.eval_shape(model.init, key), PARAM_RULES, mesh)
     with jax.set_mesh(mesh):
         sharded = jax.jit(model.init, out_shardings=shardings)(key)
-    close(jax.device_get(sharded), jax.jit(model.init)(key), atol=1e-7)
+    close(jax.device_get(sharded), initial(MESH_CONFIG), tolerance=1e-7)
 
 
 def test_init_is_as_documented():
-    config = replace(VARIANTS["qwen2"], qk_norm=True, d_model=64, init_std=0.05)
-    params = named_leaves(jax.jit(build(config).init)(jax.random.key(0)))
+    params = named_leaves(initial(MESH_CONFIG))
     for name, leaf in params.items():
-        assert leaf.dtype == jnp.float32
         if name.endswith(("kernel", "embedding")):
-            assert abs(float(jnp.std(leaf)) / 0.05 - 1) < 0.1 and abs(float(jnp.mean(leaf))) < 0.005, name
+            values, bound = np.asarray(leaf) / MESH_CONFIG.init_std, 4 / math.sqrt(leaf.size)  # four standard errors
+            assert abs(values.mean()) < bound and abs(values.std() - 1) < bound / math.sqrt(2), name
         else:
-            assert np.all(leaf == (0.0 if name.endswith("bias") else 1.0)), name
-    layers = params["layers/mlp/up/kernel"]
+            assert np.all(np.asarray(leaf) == (0.0 if name.endswith("bias") else 1.0)), name
+    layers = np.asarray(params["layers/mlp/up/kernel"])
     assert not np.any(layers[0] == layers[1])  # every layer has its own key
-    gemma = named_leaves(jax.jit(build(GEMMA).init)(jax.random.key(0)))
+    gemma = named_leaves(initial(GEMMA))
     assert not np.any(gemma["final_norm/scale"]) and "head/kernel" not in gemma
-    bfloat16 = build(config, ComputeConfig(dtype="bfloat16", remat="full", scan_unroll=2, query_chunk=4))
-    close(jax.jit(bfloat16.init)(jax.random.key(0)), jax.jit(build(config).init)(jax.random.key(0)), atol=0)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma"])
+@pytest.mark.parametrize("name", ["windowed qwen3", "gemma"])
 def test_bfloat16_is_close_to_float32(name):
-    params, tokens = params_of(VARIANTS[name]), tokens_of(13, 2, 12)
-    model = build(VARIANTS[name], ComputeConfig(dtype="bfloat16"))
-    out, expected = model.apply(params, tokens), build(VARIANTS[name]).apply(params, tokens)
-    assert out.hidden.dtype == jnp.bfloat16 and out.logits.dtype == jnp.float32
-    assert float(jnp.linalg.norm(out.logits - expected.logits) / jnp.linalg.norm(expected.logits)) < 0.02
-    _, grads = loss_and_grads(model, params, tokens)
-    _, exact = loss_and_grads(build(VARIANTS[name]), params, tokens)
-    for path, grad in named_leaves(grads).items():
-        assert grad.dtype == jnp.float32
-        difference = jnp.linalg.norm(grad - named_leaves(exact)[path])
-        assert float(difference / jnp.linalg.norm(named_leaves(exact)[path])) < 0.05, path
+    """The yardstick is what rounding nothing but the parameters does to the float32 model."""
+    params, tokens = params_of(VARIANTS[name]), tokens_of(13, 2, 9)
+    exact, model = build(VARIANTS[name]), build(VARIANTS[name], ComputeConfig(dtype="bfloat16"))
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)
+    actual, expected, yardstick = (named_leaves(f) for f in (
+        loss_and_grads(model, params, tokens), loss_and_grads(exact, params, tokens),
+        loss_and_grads(exact, rounded, tokens)))
+    for path in expected:
+        assert actual[path].dtype == jnp.float32
+        if path != "0/0":  # one number may agree by chance
+            error, limit = (np.linalg.norm(x[path] - expected[path]) for x in (actual, yardstick))
+            assert error < 3 * limit, path
+    assert jax.eval_shape(model.apply, params, tokens).hidden.dtype == jnp.bfloat16
 
 
 def test_embedding_gradient_of_a_frequent_token_is_summed_in_float32():
@@ -330,19 +328,19 @@ def test_embedding_gradient_of_a_frequent_token_is_summed_in_float32():
 
     def total(dtype):
         model = build(replace(CONFIG, num_layers=1), ComputeConfig(dtype=dtype))
-        grads = jax.grad(lambda params: jnp.sum(model.apply(params, tokens).logits[..., 0]))(params)
-        return grads["embed"]["embedding"][7]
+        grads = jax.jit(jax.grad(lambda params: jnp.sum(model.apply(params, tokens).logits[..., 0])))(params)
+        return np.asarray(grads["embed"]["embedding"][7])
 
     exact = total("float32")
-    assert float(jnp.linalg.norm(total("bfloat16") - exact) / jnp.linalg.norm(exact)) < 0.02
+    assert np.linalg.norm(total("bfloat16") - exact) / np.linalg.norm(exact) < 0.02
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma"])
 def test_logits_are_hidden_times_head(name):
-    model, params, tokens = build(VARIANTS[name]), params_of(VARIANTS[name]), tokens_of(14, 2, 5)
-    out = model.apply(params, tokens, logits=False)
+    model, params, tokens = build(VARIANTS[name]), params_of(VARIANTS[name]), tokens_of(14, 2, 11)
+    out = jax.jit(functools.partial(model.apply, logits=False))(params, tokens)
     assert out.logits is None and model.head(params).shape == (CONFIG.d_model, CONFIG.vocab_size)
-    close([out.hidden @ model.head(params)], [model.apply(params, tokens).logits])
+    close([out.hidden @ model.head(params)], [forward(model, params, tokens).logits])
 
 
 def test_models_are_static_arguments():
@@ -380,7 +378,7 @@ def test_wrong_inputs(arguments, message):
 
 def test_positions_may_go_beyond_the_context():
     tokens = jnp.zeros((1, 65), jnp.int32)
-    out = build(CONFIG).apply(params_of(CONFIG), tokens, positions=jnp.arange(65)[None])
+    out = forward(build(CONFIG), params_of(CONFIG), tokens, positions=jnp.arange(65)[None])
     assert np.all(np.isfinite(out.logits))
 
 

@@ -154,8 +154,8 @@ def measure(config: Config, dtype: str) -> None:
     print(f"{dtype:9}  ours {medians['ours']:.3f} s  torch {medians['torch']:.3f} s  "
           f"ratio {statistics.median(ratios):.2f} (quartiles {ratios[len(ratios) // 4]:.2f} to "
           f"{ratios[-len(ratios) // 4]:.2f})  ours {tokens / medians['ours']:.0f} tok/s, "
-          f"{flops / medians['ours'] / 1e9:.0f} GFLOP/s  peak memory ours {answers['ours'][-1]['peak'] / 2**30:.2f} GiB, "
-          f"torch {answers['torch'][-1]['peak'] / 2**30:.2f} GiB", flush=True)
+          f"{flops / medians['ours'] / 1e9:.0f} GFLOP/s  peak memory " +
+          ", ".join(f"{side} {answers[side][-1]['peak'] / 2**30:.2f} GiB" for side in SIDES), flush=True)
 
 
 def _answer(child: subprocess.Popen) -> dict:

@@ -27,8 +27,8 @@ def check(root: Path) -> list[str]:
         if path.name == "__init__.py" and path.read_text(encoding="utf-8").strip():
             problems.append(f"{name}:1: __init__.py must be empty")
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        inside = {id(node) for function in ast.walk(tree) if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
-                  for node in ast.walk(function) if isinstance(node, (ast.Import, ast.ImportFrom))}
+        functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+        inside = {id(node) for function in functions for node in ast.walk(function)}
         for node in ast.walk(tree):
             if isinstance(node, ast.If) and ast.unparse(node.test).split(".")[-1] == "TYPE_CHECKING":
                 problems.append(f"{name}:{node.lineno}: TYPE_CHECKING block")

@@ -68,10 +68,9 @@ class Batches:
         self._draws[:] = state["draws"]
 
     def stats(self) -> dict[str, float]:
-        """Since the last call: shares of padding and of positions without a target; and epochs of each source."""
+        """Shares of padding and of positions without a target since this process started; epochs of each source."""
         places = max(1, self._places)
         stats = {"padding": self._padding / places, "no_target": 1 - self._targets / places}
-        self._places = self._padding = self._targets = 0
         return stats | {f"epoch/{source.name}": float(draws / len(source))
                         for source, draws in zip(self._sources, self._draws, strict=True)}
 

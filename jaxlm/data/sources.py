@@ -197,7 +197,6 @@ def _packed(config: SourceConfig, documents: Iterable[Document], reader: RowRead
     if bad or empty:
         logger.warning("%s: dropped %d bad rows and %d without text%s", config.path, bad, empty,
                        f"; first bad: {reader.bad_rows[0]}" if bad else "")
-    logger.info("%s: %d documents, %d rows filtered", config.path, len(source), reader.filtered)
     return source
 
 

@@ -28,14 +28,16 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray,
     return tokens, segments
 
 
-@partial(jax.jit, static_argnames=("model", "max_new_tokens", "eos_id"))
+@partial(jax.jit, static_argnames=("model", "max_new_tokens", "eos_id", "num_tokens"))
 def greedy_decode(
-    model: Model, params: Any, tokens: jax.Array, segments: jax.Array, *, max_new_tokens: int, eos_id: int
+    model: Model, params: Any, tokens: jax.Array, segments: jax.Array, *, max_new_tokens: int, eos_id: int,
+    num_tokens: int | None = None,
 ) -> jax.Array:
     """The most likely continuation of each row, token by token.
 
     Args:
       tokens, segments: [B, P] int32, left-padded (`left_pad`).
+      num_tokens: ids from here on belong to no token (padded vocabulary) and are never chosen.
 
     Returns:
       [B, max_new_tokens] int32; after a row's `eos_id` only `eos_id` follows.
@@ -44,11 +46,11 @@ def greedy_decode(
     cache = init_cache(model.config, batch, width + max_new_tokens, jnp.dtype(model.compute.dtype))
     positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
     out = model.apply(params, tokens, positions=positions, segments=segments, cache=cache)
-    first = jnp.argmax(out.logits[:, -1], axis=-1).astype(jnp.int32)
+    best = lambda logits: jnp.argmax(logits[:, -1, :num_tokens], axis=-1).astype(jnp.int32)
     written = jnp.full((batch, max_new_tokens), eos_id, jnp.int32)
 
     def unfinished(carry: tuple) -> jax.Array:
-        step, token, done, *_ = carry
+        step, _, done, *_ = carry
         return (step < max_new_tokens) & ~jnp.all(done)
 
     def one(carry: tuple) -> tuple:
@@ -57,8 +59,7 @@ def greedy_decode(
         done = done | (token == eos_id)
         out = model.apply(params, token[:, None], positions=position[:, None],
                           segments=jnp.ones((batch, 1), jnp.int32), cache=cache)
-        token = jnp.argmax(out.logits[:, -1], axis=-1).astype(jnp.int32)
-        return step + 1, token, done, position + 1, out.cache, written
+        return step + 1, best(out.logits), done, position + 1, out.cache, written
 
-    start = (0, first, jnp.zeros(batch, bool), positions[:, -1] + 1, out.cache, written)
+    start = (0, best(out.logits), jnp.zeros(batch, bool), positions[:, -1] + 1, out.cache, written)
     return jax.lax.while_loop(unfinished, one, start)[-1]

@@ -11,15 +11,17 @@ from jaxlm.core.mesh import BATCH, constrain
 from jaxlm.model.attention import attention
 from jaxlm.model.cache import Cache, reserve
 from jaxlm.model.config import ComputeConfig, ModelConfig
-from jaxlm.model.layers import MLP, Embedding, Linear, RMSNorm, rope_tables, rotate
+from jaxlm.model.layers import MLP, PRODUCT, Embedding, Linear, RMSNorm, rope_tables, rotate
 from jaxlm.model.partition import HEADS
 
-# What a layer keeps for its backward pass; None keeps everything, without `jax.checkpoint`.
+# What a layer keeps for its backward pass: `dots` the results of all products, `dots_no_batch` of those with weights,
+# and not of attention. None keeps everything, without `jax.checkpoint`.
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(PRODUCT)),
+    "dots_no_batch": jax.checkpoint_policies.save_only_these_names(PRODUCT),
 }
 
 

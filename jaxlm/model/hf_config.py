@@ -86,7 +86,7 @@ NEUTRAL = {
     "resid_pdrop": 0, "embd_pdrop": 0, "partial_rotary_factor": 1, "attn_logit_softcapping": None,
     "final_logit_softcapping": None, "use_bidirectional_attention": False, "quantization_config": None,
     "per_layer_config": None, "rope_interleaved": False, "is_encoder_decoder": False, "add_cross_attention": False,
-    "chunk_size_feed_forward": 0, "pruned_heads": {},
+    "chunk_size_feed_forward": 0, "pruned_heads": {}, "use_mrope": False,
 }
 
 READ_ELSEWHERE = {"model_type", "hidden_act", "hidden_activation", "rope_theta", "rope_scaling", "rope_parameters",
@@ -97,8 +97,8 @@ HARMLESS = {
     "architectures", "auto_map", "transformers_version", "_name_or_path", "_commit_hash", "torch_dtype", "dtype",
     "use_cache", "pretraining_tp", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id",
     "decoder_start_token_id", "_attn_implementation", "attn_implementation", "_flash_attn_2_enabled",
-    "is_llama_config", "transformers.js_config", "unsloth_fixed", "unsloth_version", "use_mrope", "id2label",
-    "label2id", "num_labels", "problem_type", "output_attentions", "output_hidden_states", "return_dict",
+    "is_llama_config", "transformers.js_config", "unsloth_fixed", "unsloth_version", "id2label", "label2id",
+    "num_labels", "problem_type", "output_attentions", "output_hidden_states", "return_dict",
     "torchscript", "is_decoder", "tokenizer_class", "task_specific_params", "max_length", "min_length", "do_sample",
     "temperature", "top_k", "top_p", "repetition_penalty", "num_beams", "gradient_checkpointing",
 }
@@ -291,8 +291,10 @@ def _window(values: Mapping[str, Any], model_type: str, defaults: Mapping[str, A
     if "max_window_layers" in defaults:  # Qwen: the layers from this one on have a window
         first = values.get("max_window_layers", defaults["max_window_layers"])
         window = window if values.get("use_sliding_window") else None
-    elif window is not None and "sliding_window" not in defaults:
-        problems.append(f"sliding_window={window!r} has no effect in {model_type}")
+    for name in ("sliding_window", "use_sliding_window", "max_window_layers"):
+        known = "max_window_layers" in defaults or name in defaults
+        if values.get(name) is not None and not known:
+            problems.append(f"{name}={values[name]!r} has no effect in {model_type}")
     if window is not None and type(window) is not int:
         problems.append(f"sliding_window must be int, got {window!r}")
     slides = [window is not None and i >= first for i in range(num_layers)]

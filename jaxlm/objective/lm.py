@@ -6,6 +6,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from jaxlm.core.matmul import matmul
+
 
 class TokenLoss(NamedTuple):
     """Per-token results, each [..., T] float32 with the leading shape of the targets."""
@@ -49,11 +51,8 @@ def chunked_cross_entropy(
     batch, time, _ = hidden.shape
     if time % num_chunks:
         raise ValueError(f"loss chunks: {num_chunks} does not divide the sequence length {time}")
-    head = head.astype(hidden.dtype)
-
     def one(hidden: jax.Array, targets: jax.Array) -> TokenLoss:
-        logits = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
-        return cross_entropy(logits, targets)
+        return cross_entropy(matmul(hidden, head, jnp.float32), targets)
 
     if num_chunks == 1:
         return one(hidden, targets)

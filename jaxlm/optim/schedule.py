@@ -19,7 +19,8 @@ class ScheduleConfig:
 
     def __post_init__(self):
         if not (0 <= self.warmup <= 1 and 0 <= self.decay <= 1 and self.warmup + self.decay <= 1):
-            raise ValueError(f"schedule: warmup {self.warmup} and decay {self.decay} are fractions of the run, together at most 1")
+            raise ValueError(f"schedule: warmup {self.warmup} and decay {self.decay} are fractions of the run, "
+                             "together at most 1")
         if not 0 <= self.min_ratio <= 1:
             raise ValueError(f"schedule: min_ratio must be in [0, 1], got {self.min_ratio}")
         if self.decay and self.kind != "wsd":

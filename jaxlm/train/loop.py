@@ -138,7 +138,8 @@ class _Reporter:
             return
         seconds = self.stopwatch.read()
         rate = self.tokens / seconds
-        left = (self.config.steps - number) * seconds / self.steps
+        left = (f"first step {seconds:.1f} s with compilation" if self.first else
+                f"left {human_seconds((self.config.steps - number) * seconds / self.steps)}")
         values |= {
             "skipped": self.skipped, "tokens_per_second": rate, "mfu": rate * self.flops_ratio,
             "memory_gb": memory_bytes() / 2**30, **self.batches.stats(),
@@ -147,7 +148,7 @@ class _Reporter:
         self.progress.report(number, "  ".join((
             f"loss {values['loss']:.4f}", f"lr {values['lr']:.2e}", f"grad {values['grad_norm']:.2f}",
             f"{human_count(rate)} tok/s", f"MFU {values['mfu']:.1%}", f"{values['memory_gb']:.2f} GB",
-            f"left {human_seconds(left)}",
+            left,
         )))
         self.tokens = self.steps = 0
         self.first = False
