@@ -14,6 +14,9 @@ from jaxlm.model import attention as module
 from jaxlm.model.attention import BACKENDS, Call, Labels, attention, current_platform, resolve_backend
 from jaxlm.model.config import Backend
 
+# XLA's own passes run as ever; LLVM's are left out, which halves the time that these many small programs compile.
+QUICK = {"xla_backend_optimization_level": 0}
+
 
 def draw(seed, B, T, S, N, K, H, dtype=np.float32):
     rng = np.random.default_rng(seed)
@@ -57,7 +60,7 @@ def by_definition(q, k, v, mask, scale=None):
 
 
 def compiled(q, k, v, **arguments):
-    return jax.jit(functools.partial(attention, **arguments))(q, k, v)
+    return jax.jit(functools.partial(attention, **arguments), compiler_options=QUICK)(q, k, v)
 
 
 def value_and_grads(f, q, k, v, g):
@@ -65,7 +68,8 @@ def value_and_grads(f, q, k, v, g):
         y = f(q, k, v)
         return jnp.sum((y * g).astype(jnp.float32)), y
 
-    (_, y), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+    run = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True), compiler_options=QUICK)
+    (_, y), grads = run(q, k, v)
     return y, *grads
 
 

@@ -16,7 +16,8 @@ PROMPTS = [[3, 5, 7, 9], [4], [6, 6, 8]]
 
 
 def decode(prompts, count=8, eos_id=99, **options):
-    return np.asarray(greedy_decode(MODEL, PARAMS, *left_pad(prompts, 0), max_new_tokens=count, eos_id=eos_id, **options))
+    out = greedy_decode(MODEL, PARAMS, *left_pad(prompts, 0), max_new_tokens=count, eos_id=eos_id, **options)
+    return np.asarray(out)
 
 
 def slow(prompt, count, num_tokens=None):

@@ -34,6 +34,9 @@ VARIANTS = {
     "windowed qwen3": replace(CONFIG, qk_norm=True, window=4),
 }
 
+# XLA's own passes run as ever; LLVM's are left out, which halves the time that these many small programs compile.
+QUICK = {"xla_backend_optimization_level": 0}
+
 
 @functools.cache
 def params_of(config):
@@ -57,7 +60,7 @@ def close(actual, expected, tolerance=5e-6):
         np.testing.assert_allclose(actual[name], expected[name], atol=tolerance * size, rtol=0, err_msg=name)
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@functools.partial(jax.jit, static_argnames="model", compiler_options=QUICK)
 def forward(model, params, tokens, **arguments):
     return model.apply(params, tokens, **arguments)
 
@@ -69,7 +72,7 @@ def cross_entropy(model, params, tokens, weights=None, **arguments):
     return jnp.sum(nll if weights is None else nll * weights), logits
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@functools.partial(jax.jit, static_argnames="model", compiler_options=QUICK)
 def loss_and_grads(model, params, tokens, **arguments):
     """((loss, logits), gradients)"""
     return jax.value_and_grad(lambda params: cross_entropy(model, params, tokens, **arguments), has_aux=True)(params)
@@ -270,7 +273,8 @@ def test_eight_devices_equal_one(sizes):
     with jax.set_mesh(mesh):
         tokens, segments = put_batch(jax.device_get(mesh_batch()), mesh)
         f = jax.jit(jax.value_and_grad(lambda params, tokens, segments: cross_entropy(
-            model, params, tokens, segments=segments), has_aux=True), out_shardings=(None, shardings))
+            model, params, tokens, segments=segments), has_aux=True), out_shardings=(None, shardings),
+                    compiler_options=QUICK)
         values, grads = f(jax.device_put(params, shardings), tokens, segments)
     close(jax.device_get((values, grads)), on_one_device())
     kernel = grads["layers"]["mlp"]["up"]["kernel"]
@@ -279,7 +283,7 @@ def test_eight_devices_equal_one(sizes):
 
 @functools.cache
 def initial(config):
-    return jax.jit(build(config).init)(jax.random.key(3))
+    return jax.jit(build(config).init, compiler_options=QUICK)(jax.random.key(3))
 
 
 def test_init_on_a_mesh_is_the_init_of_one_device():
@@ -287,7 +291,7 @@ def test_init_on_a_mesh_is_the_init_of_one_device():
     model, key = build(MESH_CONFIG), jax.random.key(3)
     shardings = tree_shardings(jax.eval_shape(model.init, key), PARAM_RULES, mesh)
     with jax.set_mesh(mesh):
-        sharded = jax.jit(model.init, out_shardings=shardings)(key)
+        sharded = jax.jit(model.init, out_shardings=shardings, compiler_options=QUICK)(key)
     close(jax.device_get(sharded), initial(MESH_CONFIG), tolerance=1e-7)
 
 
