@@ -125,11 +125,13 @@ PRESETS = {
     ),
     "base": Config(
         model=MODELS["base"],
-        pipeline=PipelineConfig(batch_size=32, seq_len=256),
-        optim=OptimConfig(lr=2e-3, schedule=ScheduleConfig(decay=0.3)),
-        loop=LoopConfig(steps=1000, eval_every=200),
-        checkpoint=CheckpointConfig(every=100),
-        accumulate=4,
+        compute=ComputeConfig(dtype="bfloat16", scan_unroll=8),
+        pipeline=PipelineConfig(batch_size=16, seq_len=256),
+        optim=OptimConfig(lr=1.5e-3, schedule=ScheduleConfig(decay=0.3)),
+        loop=LoopConfig(steps=1400, eval_every=350),
+        checkpoint=CheckpointConfig(every=200),
+        accumulate=2,
+        loss_chunks=8,
     ),
     "kormo_1b": _KORMO,
     "kormo_10b": replace(

@@ -78,20 +78,23 @@ def fit(
     with contextlib.closing(progress), stop_on_signal() as stop, jax.set_mesh(mesh):
         for number in range(start, config.steps + 1):
             last = number == config.steps
-            if evaluate and (last or (number % config.eval_every == 0 and number > start)):
+            evaluating = evaluate and (last or (number % config.eval_every == 0 and number > start))
+            saving = last or stop.is_set() or (number % checkpointer.every == 0 and number > start)
+            if pending and (evaluating or saving):  # both wait for the step; its time must not count as theirs
+                reporter.step(*pending)
+                pending = None
+            if evaluating:
                 with reporter.stopwatch:
                     reporter.evaluation(number, *evaluate(state.params, number))
-            if last or stop.is_set() or (number % checkpointer.every == 0 and number > start):
+            if saving:
                 with reporter.stopwatch:
                     checkpointer.save(state, batches)
-            if last or stop.is_set():
+            if last or (saving and stop.is_set()):
                 break
             state, metrics = step(state, put_batch(next(batches), mesh))
             if pending:
                 reporter.step(*pending)
             pending = number + 1, metrics
-        if pending:
-            reporter.step(*pending)
     checkpointer.wait()
     if not last:
         log.warning("stopped by a signal at step %d; continue with --resume", number)

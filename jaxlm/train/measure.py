@@ -37,7 +37,7 @@ def peak_flops(dtype: str) -> tuple[float, str]:
 
 def _measure_matmul(size: int, dtype: jnp.dtype, repeats: int = 5) -> float:
     x = jnp.full((size, size), 1 / size, dtype)
-    product = jax.jit(lambda a: a @ a)
+    product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
     product(x).block_until_ready()
     best = float("inf")
     for _ in range(repeats):
