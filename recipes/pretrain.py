@@ -11,9 +11,9 @@ Results and exact commands: docs/results.md. Left out: KORMo's data and the stag
 """
 
 import logging
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from jaxlm.core.mesh import MeshConfig, make_mesh
 from jaxlm.core.rng import derive
 from jaxlm.core.tree import count_parameters
 from jaxlm.data.examples import excluded_ids
-from jaxlm.data.pipeline import Batches, PipelineConfig, eval_batches, make_pipeline
+from jaxlm.data.pipeline import Batches, PipelineConfig, make_pipeline
 from jaxlm.data.sources import Source, open_source, parse_source
 from jaxlm.data.tokenizer import (
     Tokenizer,
@@ -38,11 +38,12 @@ from jaxlm.data.tokenizer import (
     tokenizer_from_files,
     train_sentencepiece,
 )
-from jaxlm.eval.likelihood import bits_per_byte
-from jaxlm.generate.decode import greedy_decode, left_pad
+from jaxlm.eval.held_out import Evaluation, make_evaluation
 from jaxlm.model.attention import resolve_backend
 from jaxlm.model.config import ComputeConfig, ModelConfig, flops_per_token
 from jaxlm.model.decoder import Model, build
+from jaxlm.model.hf import load_hf
+from jaxlm.model.hf_config import load_config
 from jaxlm.model.partition import PARAM_RULES
 from jaxlm.model.presets import MODELS
 from jaxlm.objective.lm import chunked_cross_entropy
@@ -53,7 +54,7 @@ from jaxlm.train.curves import plot_curves
 from jaxlm.train.folder import check_folder, check_resumable, clear_folder
 from jaxlm.train.loop import LoopConfig, NonFiniteError, fit
 from jaxlm.train.measure import peak_flops
-from jaxlm.train.state import abstract_state, init_state
+from jaxlm.train.state import abstract_state, init_state, place_leaf, state_of
 from jaxlm.train.step import Loss, check_batch, make_step
 
 PROG = "recipes.pretrain"
@@ -99,6 +100,7 @@ class Config:
     prompts: tuple[str, ...] = ("일본의 통화는", "독일어는", "The currency of Japan is", "In Korean, Germany")
     sample_tokens: int = 32    # greedy tokens after each prompt
     seed: int = 42
+    init_from: str = ""        # start from the weights of a Hugging Face folder, and take its model configuration
     folder: Path = Path("runs/pretrain")
     resume: bool = False       # continue the run in `folder` from its last complete checkpoint
     overwrite: bool = False    # delete the run in `folder` first
@@ -156,37 +158,6 @@ def make_loss(model: Model, *, z_loss: float = 0.0, chunks: int = 1) -> Loss:
     return loss
 
 
-def make_evaluation(
-    config: Config, model: Model, tokenizer: Tokenizer, held_out: Sequence[Source], mesh: Mesh
-) -> Callable[[Any, int], tuple[dict[str, float], str]]:
-    """`params, step -> (bits per byte of each language, a report with greedy samples)`."""
-    texts = defaultdict(list)
-    for source in held_out:
-        for document in filter(None, (source[i] for i in range(len(source)))):
-            texts[document.language or source.name].append(document)
-    rows = config.pipeline.batch_size // config.accumulate
-    loaded = {language: eval_batches(documents, tokenizer, batch_size=rows, seq_len=config.pipeline.seq_len)
-              for language, documents in sorted(texts.items())}
-    loss = make_loss(model, chunks=config.loss_chunks)
-    nll = jax.jit(lambda params, batch: loss(params, batch, None)[1]["loss"])
-    # The prompts, again and again until they fill the devices.
-    count = mesh.shape["data"] * mesh.shape["fsdp"]
-    prompts = [config.prompts[i % len(config.prompts)] for i in range(-(-len(config.prompts) // count) * count)]
-    tokens, segments = left_pad([[tokenizer.bos_id, *tokenizer.encode(text)] for text in prompts], tokenizer.pad_id)
-
-    def evaluate(params: Any, step: int) -> tuple[dict[str, float], str]:
-        values = {f"eval/bpb_{language}": bits_per_byte(nll, params, batches, num_bytes, mesh)
-                  for language, (batches, num_bytes) in loaded.items()}
-        out = greedy_decode(model, params, tokens, segments, max_new_tokens=config.sample_tokens,
-                            eos_id=tokenizer.eos_id, num_tokens=tokenizer.vocab_size)
-        lines = [f"  {prompt} | {tokenizer.decode(row).strip()}".replace("\n", " ⏎ ")
-                 for prompt, row in zip(config.prompts, jax.device_get(out).tolist(), strict=False)]
-        numbers = "  ".join(f"{name.removeprefix('eval/bpb_')} {value:.4f}" for name, value in values.items())
-        return values, "\n".join([f"held out at step {step}, bits per byte: {numbers}", *lines])
-
-    return evaluate
-
-
 def make_tokenizer(config: Config, sources: Sequence[Source]) -> Tokenizer:
     """Trains or loads the tokenizer of a new run."""
     if config.tokenizer.path == "train":
@@ -213,11 +184,12 @@ def check(config: Config, mesh: Mesh) -> None:
 class Prepared(NamedTuple):
     """What `prepare` has checked and opened."""
 
+    config: Config  # with the model of `init_from`
     mesh: Mesh
     model: Model
     checkpointer: Checkpointer
     batches: Batches
-    evaluate: Callable[[Any, int], tuple[dict[str, float], str]]
+    evaluate: Evaluation
 
 
 def attention_backend(config: Config) -> str:
@@ -228,8 +200,21 @@ def attention_backend(config: Config) -> str:
         window=config.model.window, query_chunk=config.compute.query_chunk)
 
 
+def adopt_model(config: Config) -> Config:
+    """With `init_from`, the model of that checkpoint in place of the preset's."""
+    if not config.init_from:
+        return config
+    model = load_config(config.init_from)
+    if config.model not in (model, *(preset.model for preset in PRESETS.values())):
+        raise ValueError("--init-from brings its own model configuration; leave out the --model flags")
+    if config.tokenizer.path == "train":
+        raise ValueError("--init-from needs the tokenizer of those weights: --tokenizer.path FOLDER or tokenizer.json")
+    return replace(config, model=model)
+
+
 def prepare(config: Config) -> Prepared:
     """Everything that can fail for reasons of the user, before a parameter is allocated: ValueError."""
+    config = adopt_model(config)
     data = config.data
     paths, held_out_paths = ([parse_source(spec) for spec in specs] for specs in (data.path, data.held_out))
     mesh = make_mesh(config.mesh)
@@ -252,18 +237,22 @@ def prepare(config: Config) -> Prepared:
                  ", ".join(f"{count} {reason}" for reason, count in source.dropped.items()))
     log.info("tokenizer: %d tokens, fingerprint %.12s", tokenizer.vocab_size, tokenizer.fingerprint())
     model = build(config.model, config.compute)
-    evaluate = make_evaluation(config, model, tokenizer, held_out, mesh)
+    loss = make_loss(model, chunks=config.loss_chunks)
+    evaluate = make_evaluation(
+        jax.jit(lambda params, batch: loss(params, batch, None)[1]["loss"]), model, tokenizer, held_out,
+        prompts=config.prompts, max_new_tokens=config.sample_tokens, seq_len=config.pipeline.seq_len,
+        batch_size=config.pipeline.batch_size // config.accumulate, mesh=mesh)
     if not config.resume:
         clear_folder(config.folder)
         save_tokenizer(tokenizer, config.folder / "tokenizer")
     flags.save_config(started, config.folder / "config.json")
     checkpointer = Checkpointer(config.folder, config.checkpoint, flags.to_json(started), tokenizer.files())
-    return Prepared(mesh, model, checkpointer, batches, evaluate)
+    return Prepared(config, mesh, model, checkpointer, batches, evaluate)
 
 
-def train(config: Config, prepared: Prepared) -> None:
+def train(prepared: Prepared) -> None:
     """Runs to the end, or to a signal."""
-    mesh, model, checkpointer, batches, evaluate = prepared
+    config, mesh, model, checkpointer, batches, evaluate = prepared
     tx = make_optimizer(config.optim, config.loop.steps)
     schedule = make_schedule(config.optim.schedule, config.optim.lr, config.loop.steps)
     loss = make_loss(model, z_loss=config.z_loss, chunks=config.loss_chunks)
@@ -271,6 +260,9 @@ def train(config: Config, prepared: Prepared) -> None:
     if config.resume:
         state = checkpointer.restore(abstract_state(model.init, tx, mesh, PARAM_RULES), batches)
         log.info("resumed at step %d", int(state.step))
+    elif config.init_from:
+        _, params = load_hf(config.init_from, put=partial(place_leaf, mesh=mesh, rules=PARAM_RULES))
+        state = state_of(params, tx, mesh, PARAM_RULES)
     else:
         state = init_state(model.init, tx, derive(config.seed, "init"), mesh, PARAM_RULES)
     peak, peak_text = peak_flops(config.compute.dtype)
@@ -301,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         flags.fail(error, PROG)
     try:
-        train(config, prepared)
+        train(prepared)
     except (CheckpointError, NonFiniteError) as error:
         flags.fail(error, PROG)
 

@@ -4,6 +4,7 @@ The compile cache lies in `$JAX_COMPILATION_CACHE_DIR` when the environment name
 it survives a fresh checkout), else in `.cache/jax` of the clone.
 """
 
+import logging
 import os
 from pathlib import Path
 
@@ -14,5 +15,16 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True)
+def default_logging():
+    """A recipe sets up logging for its process; other tests of this one expect the default."""
+    loggers = [logging.getLogger(name) for name in ("jaxlm", "recipes")]
+    before = [(one.handlers, one.propagate, one.level) for one in loggers]
+    yield
+    for one, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        one.handlers, one.propagate, one.level = handlers, propagate, level

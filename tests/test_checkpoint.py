@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.core.mesh import MeshConfig, make_mesh
-from jaxlm.train.checkpoint import CheckpointConfig, Checkpointer, CheckpointError, saved_run
+from jaxlm.train.checkpoint import CheckpointConfig, Checkpointer, CheckpointError, saved_params, saved_run
 from jaxlm.train.state import abstract_state, init_state
 
 RULES = [("w$", P("fsdp", "tensor"))]
@@ -54,6 +54,7 @@ def test_everything_comes_back_bit_identical(tmp_path):
     restored = checkpointer.restore(abstract_state(init, TX, mesh, RULES), data)
     checkpointer.close()
     assert equal(state, restored) and data.position == 11
+    assert equal(state.params, saved_params(tmp_path, jax.eval_shape(init, jax.random.key(0))))
     assert saved_run(tmp_path) == ({"seed": 7}, {"tokenizer.model": b"\x00\xff"})
     assert (tmp_path / "checkpoints/5/tokenizer/tokenizer.model").read_bytes() == b"\x00\xff"
 

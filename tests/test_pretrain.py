@@ -2,12 +2,10 @@
 
 import gzip
 import json
-import logging
 import re
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 
 import jax
 import numpy as np
@@ -32,16 +30,6 @@ TINY = ["--model.vocab-size", "300", "--model.d-model", "32", "--model.num-layer
         "--model.num-kv-heads", "1", "--model.head-dim", "16", "--model.d-ff", "48", "--tokenizer.path", "bytes",
         "--pipeline.batch-size", "16", "--pipeline.seq-len", "48", "--accumulate", "2", "--sample-tokens", "3",
         "--loop.log-every", "1"]
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    """A recipe sets up logging for its process; other tests of this one expect the default."""
-    loggers = [logging.getLogger(name) for name in ("jaxlm", "recipes")]
-    before = [(one.handlers, one.propagate, one.level) for one in loggers]
-    yield
-    for one, (handlers, propagate, level) in zip(loggers, before, strict=True):
-        one.handlers, one.propagate, one.level = handlers, propagate, level
 
 
 @pytest.fixture
@@ -198,7 +186,7 @@ def test_presets_are_complete():
     for name, config in PRESETS.items():
         assert from_json(Config, to_json(config)) == config, name
         mesh = AbstractMesh((1, 8, 1), AXES, axis_types=(AxisType.Auto,) * 3)
-        check(replace(config, compute=replace(config.compute, query_chunk=None)), mesh)
+        check(config, mesh)
     assert PRESETS["kormo_10b"].model.vocab_size == 125_184
 
 

@@ -145,6 +145,22 @@ def saved_run(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     return restored["config"], restored["tokenizer"]
 
 
+def saved_params(folder: Path, shapes: Any) -> Any:
+    """The parameters of the newest complete checkpoint of a run folder, on this process's first device.
+
+    Only they are read, not the optimizer's moments. `shapes` is their tree of `jax.ShapeDtypeStruct`.
+    """
+    folder = folder.absolute() / "checkpoints"
+    with ocp.CheckpointManager(folder) as manager:
+        state = folder / str(_latest(manager, folder)) / "state"
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        target = {"params": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)}
+        arguments = ocp.args.PyTreeRestore(
+            item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True)
+        return reader.restore(state, args=arguments)["params"]
+
+
 def _latest(manager: ocp.CheckpointManager, folder: Path) -> int:
     step = manager.latest_step()
     if step is None:
