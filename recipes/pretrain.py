@@ -10,6 +10,7 @@ intra-document mask, AdamW with warmup-stable-decay, held-out bits per byte and 
 Results and exact commands: docs/results.md. Left out: KORMo's data and the stages after stage 1.
 """
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import optax
 from jax.sharding import Mesh
 
 from jaxlm.core import config as flags
@@ -49,15 +51,16 @@ from jaxlm.model.presets import MODELS
 from jaxlm.objective.lm import chunked_cross_entropy
 from jaxlm.optim.optimizer import OptimConfig, make_optimizer
 from jaxlm.optim.schedule import ScheduleConfig, make_schedule
-from jaxlm.train.checkpoint import CheckpointConfig, Checkpointer, CheckpointError, saved_run
+from jaxlm.train.checkpoint import CheckpointConfig, Checkpointer, saved_run
 from jaxlm.train.curves import plot_curves
 from jaxlm.train.folder import check_folder, check_resumable, clear_folder
 from jaxlm.train.loop import LoopConfig, NonFiniteError, fit
 from jaxlm.train.measure import peak_flops
-from jaxlm.train.state import abstract_state, init_state, place_leaf, state_of
+from jaxlm.train.state import TrainState, abstract_state, init_state, place_leaf, state_of
 from jaxlm.train.step import Loss, check_batch, make_step
 
 PROG = "recipes.pretrain"
+KORMO_SYMBOLS = ("<think>", "</think>", "<|BOT|>", "<|EOT|>")
 log = logging.getLogger(PROG)  # as a module with flags, this file is called __main__
 
 
@@ -77,8 +80,12 @@ class TokenizerConfig:
     """Where the tokenizer comes from."""
 
     path: str = "train"           # train: sentencepiece on the sources; bytes; or a folder or file
-    documents: int = 50_000       # train: at most this many documents, evenly from the sources
-    symbols: tuple[str, ...] = ("<think>", "</think>", "<|BOT|>", "<|EOT|>")  # train: whole tokens
+    documents: int | None = None  # train only: at most this many documents, evenly from the sources; None is 50 000
+    symbols: tuple[str, ...] | None = None  # train only: whole tokens; None is KORMo's for chat and thought
+
+    def __post_init__(self):
+        if self.path != "train" and (self.documents, self.symbols) != (None, None):
+            raise ValueError("tokenizer.documents and symbols have an effect with tokenizer.path train only")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +118,7 @@ _KORMO = Config(
     compute=ComputeConfig(dtype="bfloat16", remat="dots_no_batch"),
     data=DataConfig(never_predict=("<think>",)),
     pipeline=PipelineConfig(batch_size=1024, seq_len=4096, boundary_targets=True, reset_positions=False, workers=8),
-    optim=OptimConfig(lr=1e-3, schedule=ScheduleConfig(min_ratio=0.05)),
+    optim=OptimConfig(lr=1e-3),  # warm-up, then constant: decay belongs to later stages
     mesh=MeshConfig(data=1, fsdp=-1),
     loop=LoopConfig(steps=14_305, eval_every=1000),  # 60 G tokens
     checkpoint=CheckpointConfig(every=1000, keep_every=5000),
@@ -161,10 +168,11 @@ def make_loss(model: Model, *, z_loss: float = 0.0, chunks: int = 1) -> Loss:
 def make_tokenizer(config: Config, sources: Sequence[Source]) -> Tokenizer:
     """Trains or loads the tokenizer of a new run."""
     if config.tokenizer.path == "train":
-        share = -(-config.tokenizer.documents // len(sources))
+        share = -(-(config.tokenizer.documents or 50_000) // len(sources))
+        symbols = KORMO_SYMBOLS if config.tokenizer.symbols is None else config.tokenizer.symbols
         texts = (source[i] for source in sources for i in range(0, len(source), -(-len(source) // share)))
         return train_sentencepiece((document.text for document in texts if document),
-                                   vocab_size=config.model.vocab_size, user_symbols=config.tokenizer.symbols)
+                                   vocab_size=config.model.vocab_size, user_symbols=symbols)
     return load_tokenizer(config.tokenizer.path)
 
 
@@ -178,7 +186,9 @@ def check(config: Config, mesh: Mesh) -> None:
     if config.loss_chunks < 1 or config.pipeline.seq_len % config.loss_chunks:
         raise ValueError(f"loss_chunks {config.loss_chunks} does not divide pipeline.seq_len {config.pipeline.seq_len}")
     if config.sample_tokens < 1 or not config.prompts or not config.data.held_out:
-        raise ValueError("evaluation needs at least one of prompts, data.held_out and sample_tokens")
+        raise ValueError("evaluation needs prompts, data.held_out and sample_tokens, at least one of each")
+    if jax.process_count() > 1:
+        raise ValueError(f"{jax.process_count()} processes: training on several hosts is not supported yet")
 
 
 class Prepared(NamedTuple):
@@ -187,6 +197,8 @@ class Prepared(NamedTuple):
     config: Config  # with the model of `init_from`
     mesh: Mesh
     model: Model
+    tx: optax.GradientTransformation
+    params: Any     # of `init_from`, or None
     checkpointer: Checkpointer
     batches: Batches
     evaluate: Evaluation
@@ -202,7 +214,7 @@ def attention_backend(config: Config) -> str:
 
 def adopt_model(config: Config) -> Config:
     """With `init_from`, the model of that checkpoint in place of the preset's."""
-    if not config.init_from:
+    if not config.init_from or config.resume:
         return config
     model = load_config(config.init_from)
     if config.model not in (model, *(preset.model for preset in PRESETS.values())):
@@ -214,17 +226,23 @@ def adopt_model(config: Config) -> Config:
 
 def prepare(config: Config) -> Prepared:
     """Everything that can fail for reasons of the user, before a parameter is allocated: ValueError."""
+    check_folder(config.folder, resume=config.resume, overwrite=config.overwrite)
     config = adopt_model(config)
     data = config.data
     paths, held_out_paths = ([parse_source(spec) for spec in specs] for specs in (data.path, data.held_out))
+    for path in held_out_paths:
+        if path.weight != 1:
+            raise ValueError(f"data.held_out {path.path}: weight has an effect on training sources only")
     mesh = make_mesh(config.mesh)
     check(config, mesh)
-    check_folder(config.folder, resume=config.resume, overwrite=config.overwrite)
     started = replace(config, resume=False, overwrite=False)
     if config.resume:
         saved, files = saved_run(config.folder)
-        check_resumable(flags.from_json(Config, saved), started, fixed=(
-            "model", "data", "tokenizer", "pipeline", "accumulate", "seed"), ignored=("folder",))
+        saved = flags.from_json(Config, saved)
+        if config.init_from:
+            config, started = replace(config, model=saved.model), replace(started, model=saved.model)
+        check_resumable(saved, started, fixed=(
+            "model", "data", "tokenizer", "pipeline", "accumulate", "seed", "init_from"), ignored=("folder",))
     sources, held_out = ([open_source(path, max_bad_rows=data.max_bad_rows) for path in paths]
                          for paths in (paths, held_out_paths))
     tokenizer = tokenizer_from_files(files) if config.resume else make_tokenizer(config, sources)
@@ -242,44 +260,52 @@ def prepare(config: Config) -> Prepared:
         jax.jit(lambda params, batch: loss(params, batch, None)[1]["loss"]), model, tokenizer, held_out,
         prompts=config.prompts, max_new_tokens=config.sample_tokens, seq_len=config.pipeline.seq_len,
         batch_size=config.pipeline.batch_size // config.accumulate, mesh=mesh)
-    if not config.resume:
+    tx = make_optimizer(config.optim, config.loop.steps)
+    abstract_state(model.init, tx, mesh, PARAM_RULES)  # the mesh must divide every parameter
+    params = None
+    if config.init_from and not config.resume:
+        params = load_hf(config.init_from, put=partial(place_leaf, mesh=mesh, rules=PARAM_RULES))[1]
+    if not config.resume:  # from here on the old run is gone
         clear_folder(config.folder)
         save_tokenizer(tokenizer, config.folder / "tokenizer")
-    flags.save_config(started, config.folder / "config.json")
+        flags.save_config(started, config.folder / "config.json")
     checkpointer = Checkpointer(config.folder, config.checkpoint, flags.to_json(started), tokenizer.files())
-    return Prepared(config, mesh, model, checkpointer, batches, evaluate)
+    return Prepared(config, mesh, model, tx, params, checkpointer, batches, evaluate)
 
 
-def train(prepared: Prepared) -> None:
+def start(run: Prepared) -> TrainState:
+    """The state to train from: the newest checkpoint, given weights, or random ones."""
+    config, mesh, model, tx = run[:4]
+    if config.resume:
+        state = run.checkpointer.restore(abstract_state(model.init, tx, mesh, PARAM_RULES), run.batches)
+        flags.save_config(replace(config, resume=False), config.folder / "config.json")
+        log.info("resumed at step %d", int(state.step))
+        return state
+    if run.params is not None:
+        return state_of(run.params, tx, mesh, PARAM_RULES)
+    return init_state(model.init, tx, derive(config.seed, "init"), mesh, PARAM_RULES)
+
+
+def train(run: Prepared) -> None:
     """Runs to the end, or to a signal."""
-    config, mesh, model, checkpointer, batches, evaluate = prepared
-    tx = make_optimizer(config.optim, config.loop.steps)
+    config, mesh, model, tx = run[:4]
     schedule = make_schedule(config.optim.schedule, config.optim.lr, config.loop.steps)
     loss = make_loss(model, z_loss=config.z_loss, chunks=config.loss_chunks)
     step = make_step(loss, tx, schedule, mesh=mesh, rules=PARAM_RULES, accumulate=config.accumulate, seed=config.seed)
-    if config.resume:
-        state = checkpointer.restore(abstract_state(model.init, tx, mesh, PARAM_RULES), batches)
-        log.info("resumed at step %d", int(state.step))
-    elif config.init_from:
-        _, params = load_hf(config.init_from, put=partial(place_leaf, mesh=mesh, rules=PARAM_RULES))
-        state = state_of(params, tx, mesh, PARAM_RULES)
-    else:
-        state = init_state(model.init, tx, derive(config.seed, "init"), mesh, PARAM_RULES)
+    state = start(run)
     peak, peak_text = peak_flops(config.compute.dtype)
     per_token = flops_per_token(config.model, config.pipeline.seq_len)
     log.info("%s parameters, %s tokens a batch, mesh %s", human_count(count_parameters(state.params)),
              human_count(config.pipeline.batch_size * config.pipeline.seq_len), dict(mesh.shape))
     log.info("%s attention in %s; MFU: %s FLOPs a token, peak %s", attention_backend(config), config.compute.dtype,
              human_count(per_token), peak_text)
-    metric_log = MetricLog(config.folder)
-    try:
-        fit(state, step, batches, mesh=mesh, config=config.loop, checkpointer=checkpointer, metric_log=metric_log,
-            flops_ratio=per_token / (peak * mesh.size), evaluate=evaluate)
-    finally:
-        checkpointer.close()
-        metric_log.close()
-        batches.close()
-    log.info("data: %s", ", ".join(f"{name} {value:.3g}" for name, value in batches.stats().items()))
+    with contextlib.ExitStack() as stack:
+        metric_log = MetricLog(config.folder)
+        for part in (run.batches, metric_log, run.checkpointer):
+            stack.callback(part.close)
+        fit(state, step, run.batches, mesh=mesh, config=config.loop, checkpointer=run.checkpointer,
+            metric_log=metric_log, flops_ratio=per_token / (peak * mesh.size), evaluate=run.evaluate)
+    log.info("data: %s", ", ".join(f"{name} {value:.3g}" for name, value in run.batches.stats().items()))
     plot_curves(config.folder / "metrics.jsonl", config.folder / "curves.png")
     log.info("run folder: %s", config.folder)
 
@@ -289,12 +315,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logging()
     config = flags.parse(PRESETS, argv, prog=PROG, description=__doc__)
     try:
-        prepared = prepare(config)
-    except ValueError as error:
-        flags.fail(error, PROG)
-    try:
-        train(prepared)
-    except (CheckpointError, NonFiniteError) as error:
+        train(prepare(config))
+    except (ValueError, OSError, NonFiniteError) as error:
         flags.fail(error, PROG)
 
 

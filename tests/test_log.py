@@ -22,6 +22,15 @@ def test_records_are_appended_and_the_last_of_a_step_wins(tmp_path):
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
 
 
+def test_a_torn_line_is_skipped_and_does_not_swallow_the_next(tmp_path, caplog):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    metric_log = MetricLog(tmp_path)
+    metric_log.write(3, {"loss": 1.0})
+    metric_log.close()
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 3]
+    assert "torn line" in caplog.text
+
+
 def test_curves(tmp_path):
     metric_log = MetricLog(tmp_path)
     for step in range(1, 30):

@@ -120,6 +120,12 @@ def test_resume_of_a_finished_run_does_nothing(tmp_path):
     assert finished and int(state.step) == 12 and losses(tmp_path) == before
 
 
+def test_a_checkpoint_beyond_the_end_is_an_error(tmp_path):
+    run(tmp_path)
+    with pytest.raises(ValueError, match=r"at step 12, beyond loop\.steps 5"):
+        run(tmp_path, resume=True, steps=5)
+
+
 def test_config_errors():
     with pytest.raises(ValueError, match=r"loop\.log_every must be at least 1"):
         LoopConfig(log_every=0)

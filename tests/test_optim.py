@@ -22,14 +22,16 @@ def test_the_table_holds_every_kind():
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_every_kind_warms_up_and_stays_in_range(kind):
-    values = rates(ScheduleConfig(kind=kind, warmup=0.1, min_ratio=0.2))
+    options = {"wsd": {"decay": 0.3, "min_ratio": 0.2}, "constant": {}}.get(kind, {"min_ratio": 0.2})
+    values = rates(ScheduleConfig(kind=kind, warmup=0.1, **options))
     np.testing.assert_allclose(values[:10], np.arange(1, 11) / 10, rtol=1e-6)
     assert values.max() <= 1 + 1e-6
-    assert values[10:].min() >= 0.2 - 1e-6
+    assert values[-1] == pytest.approx(options.get("min_ratio", 1.0), rel=1e-5)
+    assert values[10:].min() >= values[-1] - 1e-6
 
 
 def test_wsd_is_constant_after_warmup_without_a_decay_phase():
-    np.testing.assert_allclose(rates(ScheduleConfig(warmup=0.03, min_ratio=0.05))[3:], 1.0)
+    np.testing.assert_allclose(rates(ScheduleConfig(warmup=0.03))[3:], 1.0)
 
 
 def test_wsd_decays_over_the_last_fraction():
@@ -46,7 +48,8 @@ def test_cosine_half_way_and_linear_half_way():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"warmup": 1.5}, {"warmup": 0.6, "decay": 0.6}, {"min_ratio": 2.0}, {"kind": "cosine", "decay": 0.1}]
+    "wrong", [{"warmup": 1.5}, {"warmup": 0.6, "decay": 0.6}, {"min_ratio": 2.0}, {"kind": "cosine", "decay": 0.1},
+              {"min_ratio": 0.1}, {"kind": "constant", "min_ratio": 0.1}]
 )
 def test_wrong_schedules(wrong):
     with pytest.raises(ValueError, match="schedule"):

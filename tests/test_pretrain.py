@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,7 +46,8 @@ def corpus(tmp_path):
 
 
 def flags(folder, corpus, steps=9, *extra):
-    return [*TINY, "--folder", str(folder), "--data.path", *corpus, "--data.held-out", *corpus,
+    return [*TINY, "--folder", str(folder), "--data.path", *corpus,
+            "--data.held-out", *(spec.replace("&weight=2", "") for spec in corpus),
             "--loop.steps", str(steps), "--loop.eval-every", "100", "--checkpoint.every", "2", *extra]
 
 
@@ -87,7 +89,7 @@ def test_one_run_and_the_same_again_from_its_config(tmp_path, corpus, capfd):
 @pytest.mark.parametrize("packing", ["concat", "first_fit"])
 def test_kill_9_and_resume_is_bit_identical(tmp_path, corpus, packing):
     """Mixture, packing and accumulation; killed once at the first step after a checkpoint, wherever the writer is."""
-    more = ["--pipeline.packing", packing, "--pipeline.num-bins", "4"]
+    more = ["--pipeline.packing", packing, *(["--pipeline.num-bins", "4"] if packing == "first_fit" else [])]
     main(flags(tmp_path / "whole", corpus, 9, *more))
     cut = flags(tmp_path / "cut", corpus, 9, *more)
     process = start(*cut)
@@ -126,6 +128,7 @@ def test_full_disk_ends_with_one_sentence(tmp_path, corpus):
                           check=False, capture_output=True, text=True)
     assert done.returncode == 2
     assert re.search(r"recipes\.pretrain: checkpoint.* could not be written.*last complete one is step 4", done.stderr)
+    assert "Traceback" not in done.stderr
     main([*flags(tmp_path / "run", corpus, 6), "--resume"])
     assert max(losses(tmp_path / "run")) >= 6
 
@@ -146,12 +149,21 @@ def test_wrong_flags_and_data(tmp_path, corpus, capfd):
         "needs 24 devices, but 8 are here": ["--mesh.data", "3", "--mesh.tensor", "8"],
         "attention backend 'splash'": ["--compute.attention", "splash"],
         "num_heads 2 is not divisible by num_kv_heads 3": ["--model.num-kv-heads", "3"],
+        "cannot be split: 1 does not divide by 2": ["--mesh.tensor", "2"],
+        "saves nothing when scan_unroll 2": ["--compute.remat", "full", "--compute.scan-unroll", "2"],
+        "symbols have an effect with tokenizer.path train only": ["--tokenizer.symbols", "<x>"],
+        "num_bins has no effect with packing concat": ["--pipeline.num-bins", "4"],
+        "min_ratio has no effect with kind wsd and decay 0": [
+            "--optim.schedule.min-ratio", "0.1", "--optim.schedule.decay", "0"],
+        "keep_every 3 is not a multiple of checkpoint.every 2": ["--checkpoint.keep-every", "3"],
+        "weight has an effect on training sources only": ["--data.held-out", corpus[0]],
         "holds no run": ["--resume"],
         "give one of them": ["--resume", "--overwrite"],
     }
     for message, arguments in cases.items():
         assert re.search(message, refused(capfd, *ok, *arguments)), (message, arguments)
         assert not folder.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl.gz"]
 
 
 def test_wrong_files(tmp_path, capfd):
@@ -174,12 +186,38 @@ def test_run_folders_are_not_mixed_up(tmp_path, corpus, capfd):
     assert "holds a run already" in refused(capfd, *run)
     assert "model.d_ff: 48 -> 64" in refused(capfd, *run, "--resume", "--model.d-ff", "64")
     assert "seed: 42 -> 1" in refused(capfd, *run, "--resume", "--seed", "1")
+    assert "the checkpoint is at step 2, beyond loop.steps 1" in refused(
+        capfd, *run, "--resume", "--loop.steps", "1")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert "cannot be split" in refused(capfd, *run, "--overwrite", "--mesh.tensor", "2")
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     (tmp_path / "run/config.json").write_text('{"modle": {}}')
     assert "unknown field 'modle' (did you mean 'model'?)" in refused(
         capfd, "--config", str(tmp_path / "run/config.json"))
     (tmp_path / "run/note.txt").write_text("mine")
     main([*run, "--overwrite", "--loop.steps", "1"])
     assert (tmp_path / "run/note.txt").exists() and sorted(losses(tmp_path / "run")) == [1]
+
+
+def test_data_that_changed_is_noticed_on_resume(tmp_path, corpus, capfd):
+    run = flags(tmp_path / "run", corpus, 2)
+    main(run)
+    path = tmp_path / "a.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace("문서", "서류"), encoding="utf-8")
+    assert "a.jsonl is not the data that this run began with" in refused(
+        capfd, *run, "--resume", "--loop.steps", "4")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_older_one_serves(tmp_path, corpus, capfd):
+    run = flags(tmp_path / "run", corpus, 4)
+    main(run)
+    newest = tmp_path / "run/checkpoints/4"
+    (newest / "data/metadata").write_text("{")
+    err = refused(capfd, *run, "--resume", "--loop.steps", "5")
+    assert "checkpoints/4 cannot be used" in err and "delete it to resume from step 2" in err
+    shutil.rmtree(newest)
+    main([*run, "--resume", "--loop.steps", "5"])
+    assert max(losses(tmp_path / "run")) == 5
 
 
 def test_presets_are_complete():
@@ -241,7 +279,8 @@ def test_devices_change_nothing(one_device, sizes):
 
 def test_chunks_and_remat_change_nothing(one_device):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    close(train_steps(mesh, chunks=4, compute=ComputeConfig(remat="dots_no_batch", scan_unroll=2)), one_device)
+    close(train_steps(mesh, chunks=4, compute=ComputeConfig(remat="dots_no_batch")), one_device)
+    close(train_steps(mesh, compute=ComputeConfig(scan_unroll=2)), one_device)
 
 
 def test_z_loss_pulls_the_partition_function_to_one():

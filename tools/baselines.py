@@ -15,6 +15,8 @@ import tyro
 
 from jaxlm.data.sources import open_source, parse_source
 
+BLOCK = 1 << 24  # bytes whose codes are in memory together: they take eight times the text
+
 
 def trigram_counts(text: bytes) -> list[np.ndarray]:
     """Counts of byte n-grams for n = 1, 2, 3 as dense arrays of shapes [256], [256, 256], [256, 256, 256]."""
@@ -22,8 +24,8 @@ def trigram_counts(text: bytes) -> list[np.ndarray]:
     counts = []
     for n in (1, 2, 3):
         total = np.zeros(256**n, np.int64)
-        for start in range(0, len(data), 1 << 24):  # in blocks: the codes take eight times the text
-            block = data[start : start + (1 << 24) + n - 1]
+        for start in range(0, len(data), BLOCK):
+            block = data[start : start + BLOCK + n - 1]
             codes = sum(block[i : len(block) - n + 1 + i] << (8 * (n - 1 - i)) for i in range(n))
             total += np.bincount(codes, minlength=256**n)
         counts.append(total.reshape((256,) * n))

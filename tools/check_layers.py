@@ -35,14 +35,16 @@ def check(root: Path) -> list[str]:
             for module in _modules(node):
                 problems += [f"{name}:{node.lineno}: {text}"
                              for text in _violations(name.parts, module, id(node) in inside)]
-    return problems
+    return list(dict.fromkeys(problems))
 
 
 def _modules(node: ast.AST) -> list[str]:
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom):
-        return ["." * node.level + (node.module or "")]
+        module = "." * node.level + (node.module or "")
+        # An alias may be a package itself: `from jaxlm import train`.
+        return [f"{module}.{alias.name}" for alias in node.names]
     return []
 
 

@@ -8,6 +8,7 @@ import difflib
 import json
 import os
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -45,7 +46,16 @@ def parse(presets: Mapping[str, T], argv: Sequence[str] | None = None, *, prog: 
 
 
 def fail(error: Exception, prog: str) -> typing.NoReturn:
-    """Ends the process as a command line tool does: one sentence on standard error, status 2."""
+    """Ends the process as a command line tool does: one sentence on standard error, status 2.
+
+    An error that another library raised is not ours to shorten and goes on with its traceback; those of the
+    operating system are sentences already.
+    """
+    innermost = traceback.extract_tb(error.__traceback__)[-1].filename if error.__traceback__ else __file__
+    root = Path(__file__).parent.parent.parent
+    ours = [root / package for package in ("jaxlm", "recipes")]
+    if not isinstance(error, OSError) and not any(folder in Path(innermost).parents for folder in ours):
+        raise error
     print(f"{prog}: {error}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -63,6 +73,8 @@ def to_json(config: Any) -> dict[str, Any]:
 
 def from_json(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """The inverse of `to_json`. Unknown, missing and mistyped fields raise ValueError naming field and place."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{f'field {where[:-1]!r}' if where else 'a configuration'} must be an object, got {values!r}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     for name in values:
@@ -77,8 +89,11 @@ def from_json(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
 def save_config(config: Any, path: Path) -> None:
     """Writes `to_json(config)`; the file appears whole or not at all."""
     scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(json.dumps(to_json(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    scratch.replace(path)
+    try:
+        scratch.write_text(json.dumps(to_json(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def load_config(cls: type[T], path: Path) -> T:
@@ -118,8 +133,6 @@ def _take(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
 def _decode(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise ValueError(f"field '{where}' must be an object, got {value!r}")
         return from_json(hint, value, f"{where}.")
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:

@@ -26,6 +26,11 @@ def setup_logging() -> None:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(logging.INFO)
+    # Orbax logs pages of tracebacks for an error that it raises as well.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
+log = logging.getLogger(__name__)
 
 
 class MetricLog:
@@ -36,7 +41,11 @@ class MetricLog:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        path = folder / "metrics.jsonl"
+        torn = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size
+        self._file = path.open("a", encoding="utf-8")
+        if torn:  # a killed run or a full disk left half a line
+            self._file.write("\n")
         self._board = Writer(str(folder / "tensorboard"))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -55,11 +64,17 @@ class MetricLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Records of a `metrics.jsonl` in step order, the last line winning within (step, set of names)."""
+    """Records of a `metrics.jsonl` in step order, the last line winning within (step, set of names).
+
+    A torn line, as a kill in mid-write leaves it, is skipped.
+    """
     records = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        records[record["step"], frozenset(record)] = record
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+            records[record["step"], frozenset(record)] = record
+        except (ValueError, KeyError, TypeError):
+            log.warning("%s: skipped a torn line of %d characters", path, len(line))
     return [record for _, record in sorted(records.items(), key=lambda item: item[0][0])]
 
 

@@ -26,14 +26,16 @@ class PipelineConfig:
     batch_size: int = 16             # rows of a global batch
     seq_len: int = 512               # T, input tokens of a row
     packing: Packing = "concat"
-    num_bins: int = 64               # first_fit only: open rows
+    num_bins: int | None = None      # first_fit only: open rows; None is 64
     boundary_targets: bool = False   # KORMo: True
     reset_positions: bool = True     # KORMo: False
     workers: int = 0                 # loader processes; 0 loads in the training process
 
     def __post_init__(self):
-        if min(self.batch_size, self.seq_len, self.num_bins) < 1 or self.workers < 0:
+        if min(self.batch_size, self.seq_len, self.num_bins or 1) < 1 or self.workers < 0:
             raise ValueError("pipeline.batch_size, seq_len and num_bins must be positive, workers not negative")
+        if self.num_bins and self.packing != "first_fit":
+            raise ValueError(f"pipeline.num_bins has no effect with packing {self.packing}")
 
 
 class Batches:
@@ -44,6 +46,7 @@ class Batches:
 
     def __init__(self, rows: Iterator[Mapping[str, np.ndarray]], sources: Sequence[Source], config: PipelineConfig):
         self._rows, self._sources, self._config = rows, sources, config
+        self._fingerprints = [source.fingerprint() for source in sources]
         self._draws = np.zeros(len(sources), np.int64)
         self._places = self._padding = self._targets = 0
 
@@ -61,9 +64,13 @@ class Batches:
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        return {"rows": _to_json(self._rows.get_state()), "draws": self._draws.tolist()}
+        return {"rows": _to_json(self._rows.get_state()), "draws": self._draws.tolist(), "sources": self._fingerprints}
 
     def set_state(self, state: dict[str, Any]) -> None:
+        for source, then in zip(self._sources, state["sources"], strict=True):
+            if then != source.fingerprint():
+                raise ValueError(f"{source.config.path} is not the data that this run began with; a position in it "
+                                 "means nothing now")
         self._rows.set_state(_from_json(state["rows"]))
         self._draws[:] = state["draws"]
 
@@ -96,7 +103,7 @@ def make_pipeline(
         raise ValueError(f"two sources have the same name: {', '.join(names)}; give them a name=")
     rows = stream_rows(
         sources, ToExample(tokenizer, excluded), packing=config.packing, seq_len=config.seq_len,
-        num_bins=config.num_bins, seed=seed, process_index=process_index, process_count=process_count)
+        num_bins=config.num_bins or 64, seed=seed, process_index=process_index, process_count=process_count)
     rows = rows.batch(config.batch_size // process_count, drop_remainder=True)
     if config.workers:
         if not flags.FLAGS.is_parsed():  # grain's workers read absl flags, which only an absl app parses

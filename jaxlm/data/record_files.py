@@ -36,17 +36,42 @@ def read_parquet(path: Path, reader: RowReader) -> Iterator[Document]:
 
 
 class LazyRows(Sequence):
-    """Decodes a record when asked for it. A bad or empty one is None, counted once, and an error beyond the limit."""
+    """Decodes a record when asked for it; None for a bad, empty or filtered one, which counts once.
+
+    A bad one is named in the log when it is met, and is an error beyond the limit.
+    """
 
     def __init__(self, records: Any, reader: RowReader, place: str) -> None:
         self._records, self._reader, self._place = records, reader, place
-        self._dropped: set[int] = set()
+        self._dropped = bytearray(len(records))  # by index: a filter may drop most of many millions
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, i: int) -> Document | None:
-        if i in self._dropped:
+        document = self._read(i)
+        self._reader.check()
+        return document
+
+    def probe(self, indices: Sequence[int]) -> None:
+        """Reads some records. ValueError for more bad ones than allowed, no document, or filters without a match.
+
+        The filters are judged only if all records are read.
+        """
+        reader = self._reader
+        for i in indices:
+            self._read(i)
+        reader.check()
+        if not reader.kept:
+            raise ValueError(f"{reader.config.path}: empty corpus: no row left of {len(indices)} tried "
+                             f"of {len(self)} ({reader.empty} without text, {reader.filtered} filtered, "
+                             f"{len(reader.bad_rows)} bad)")
+        if len(indices) == len(self):
+            reader.check_filters()
+        reader.name_bad_rows()
+
+    def _read(self, i: int) -> Document | None:
+        if self._dropped[i]:
             return None
         document = None
         try:
@@ -57,9 +82,7 @@ class LazyRows(Sequence):
             self._reader.bad(f"the record is damaged ({error})", self._place, i + 1)
         else:
             document = self._reader.read(row, self._place, i + 1)
-        if document is None:
-            self._dropped.add(i)
-            self._reader.check()
+        self._dropped[i] = document is None
         return document
 
 

@@ -1,6 +1,7 @@
 """What a source yields (`Document`), how it is configured, and the one place that turns a row into a document."""
 
 import json
+import logging
 import string
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ SAMPLE_LANGUAGES = ("ko", "en", "both")
 SAMPLE_SPLITS = ("train", "held_out")
 # A broken file should not fill memory with complaints; reading stops this many bad rows after the limit.
 BAD_ROWS_BEYOND_LIMIT = 100
+
+logger = logging.getLogger(__name__)
 
 
 class Document(NamedTuple):
@@ -124,6 +127,7 @@ class RowReader:
     kept: int = 0
     empty: int = 0
     filtered: int = 0
+    warn: bool = False  # see `name_bad_rows`
 
     def __post_init__(self) -> None:
         self._template = template(self.config)
@@ -169,6 +173,8 @@ class RowReader:
     def bad(self, reason: str, path: str, line: int) -> None:
         """Counts a bad row, parsed or not; stops reading when there are far too many."""
         self.bad_rows.append(f"{path}:{line}: {reason}")
+        if self.warn:
+            self._log_bad(len(self.bad_rows))
         if len(self.bad_rows) > self.max_bad_rows + BAD_ROWS_BEYOND_LIMIT:
             self.check("at least ")
 
@@ -184,10 +190,20 @@ class RowReader:
         raise ValueError(f"{self.config.path}: {bound}{len(self.bad_rows)} of {rows} rows read are bad, "
                          f"{self.max_bad_rows} allowed (max_bad_rows):{first}{more}")
 
+    def name_bad_rows(self) -> None:
+        """Logs the bad rows met so far, and from now on each one when it is met."""
+        self.warn = True
+        for number in range(1, len(self.bad_rows) + 1):
+            self._log_bad(number)
+
     def check_filters(self) -> None:
         """A value that no row has is a misspelling, and a misspelt `exclude` would let held-out rows through."""
         for key, name, value in sorted(self._unmatched):
             raise ValueError(f"{self.config.path}: {key}={name}:{value} matches no row")
+
+    def _log_bad(self, number: int) -> None:
+        logger.warning("dropped a bad row (number %d of %d allowed): %s", number, self.max_bad_rows,
+                       self.bad_rows[number - 1])
 
     def _drops(self, row: Mapping[str, Any]) -> bool:
         drop = False

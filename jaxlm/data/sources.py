@@ -1,7 +1,7 @@
 """Documents from files, data sets, lists and the embedded sample, behind one random-access view.
 
 JSONL, TSV, parquet and lists are read and checked at open, so their faults show before any device work; ArrayRecord
-and TFDS records are decoded when asked for. What is dropped is counted and logged.
+and TFDS records are decoded when asked for, and a part of them is tried at open. What is dropped is counted and logged.
 """
 
 import glob
@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import urllib.parse
+import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, get_type_hints
 import numpy as np
 
 from jaxlm.core.config import nearest
-from jaxlm.data.record_files import open_array_record, open_tfds, read_parquet
+from jaxlm.data.record_files import LazyRows, open_array_record, open_tfds, read_parquet
 from jaxlm.data.rows import Document, RowReader, SourceConfig
 from jaxlm.data.sample import sample_documents
 from jaxlm.data.text_files import read_jsonl, read_tsv
@@ -26,6 +27,7 @@ READERS = {".jsonl": read_jsonl, ".jsonl.gz": read_jsonl, ".jsonl.zst": read_jso
            ".tsv": read_tsv, ".tsv.gz": read_tsv, ".tsv.zst": read_tsv, ".parquet": read_parquet}
 _ARRAY_RECORD = re.compile(r"\.(array_?record)(-\d{5}-of-\d{5})?$")
 DEFAULT_SAMPLE = 1000
+PROBED_RECORDS, FINGERPRINT_DOCUMENTS = 1000, 64
 
 logger = logging.getLogger(__name__)
 
@@ -85,12 +87,27 @@ class Source:
         """Counts of rows dropped so far, by cause: bad, empty, filtered."""
         return {"bad": len(self.bad_rows), "empty": self._reader.empty, "filtered": self._reader.filtered}
 
+    def fingerprint(self) -> int:
+        """CRC-32 of the length and of 64 spread documents' texts, to notice that a path holds other data than before.
+
+        A change that keeps the length and misses these documents is not seen.
+        """
+        value = zlib.crc32(str(len(self)).encode())
+        for i in _spread(len(self), FINGERPRINT_DOCUMENTS):
+            document = self[i]
+            text = document.text.encode("utf-8") if document else b""
+            # The length before each text keeps ["ab", "c"] and ["a", "bc"] apart.
+            value = zlib.crc32(text, zlib.crc32(f":{len(text)}:".encode(), value))
+        return value
+
 
 def open_source(config: SourceConfig | Sequence[str | Mapping[str, Any]], *, max_bad_rows: int = 0) -> Source:
     """Opens what a configuration names, or a list of strings or of `{"text", "language"?, "source"?}`.
 
     ValueError, in one sentence: a missing file, a glob without match, an unknown ending, a missing field, a damaged
     file, more than `max_bad_rows` bad rows (the first are listed), a filter that matches nothing, no row left.
+    Of ArrayRecord and TFDS up to 1000 evenly spread records are tried for this, all if there are no more: beyond these
+    a bad row counts when it is read, and a filter is refused only if no record tried is left.
     """
     if max_bad_rows < 0:
         raise ValueError(f"max_bad_rows must not be negative, got {max_bad_rows}")
@@ -200,7 +217,17 @@ def _packed(config: SourceConfig, documents: Iterable[Document], reader: RowRead
     return source
 
 
-def _lazy(config: SourceConfig, rows: Sequence[Document | None], reader: RowReader) -> Source:
+def _lazy(config: SourceConfig, rows: LazyRows, reader: RowReader) -> Source:
     if not len(rows):
         raise ValueError(f"{config.path}: empty corpus: no record")
+    rows.probe(_spread(len(rows), PROBED_RECORDS))
     return Source(config, rows, reader)
+
+
+def _spread(length: int, count: int) -> list[int]:
+    """Up to `count` increasing indices, one from each of equal parts; their distances have no period, as data may."""
+    count = min(length, count)
+    starts = [part * length // count for part in range(count + 1)]
+    # Multiples of the golden ratio modulo 1 (here in 32 bits) place the index within its part.
+    return [start + (part * 0x9E3779B1 % 2**32 * (end - start) >> 32)
+            for part, (start, end) in enumerate(zip(starts, starts[1:], strict=False))]

@@ -28,6 +28,8 @@ class RopeScaling:
         if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
             raise ValueError("llama3 rope scaling needs 0 < low_freq_factor < high_freq_factor, got "
                              f"{self.low_freq_factor} and {self.high_freq_factor}")
+        if self.kind == "linear" and (self.low_freq_factor, self.high_freq_factor) != (1.0, 4.0):
+            raise ValueError("low_freq_factor and high_freq_factor have no effect on linear rope scaling")
         if self.original_max_positions < 1:
             raise ValueError(f"original_max_positions must be positive, got {self.original_max_positions}")
 

@@ -207,5 +207,13 @@ class Model:
 
 
 def build(config: ModelConfig, compute: ComputeConfig | None = None) -> Model:
-    """The model of a configuration; float32 on the default kernels unless `compute` says otherwise."""
-    return Model(config, compute or ComputeConfig())
+    """The model of a configuration; float32 on the default kernels unless `compute` says otherwise.
+
+    Raises ValueError for a remat policy without effect: once the scan over layers is unrolled whole, XLA merges what
+    the backward pass should compute again with the forward pass.
+    """
+    compute = compute or ComputeConfig()
+    if compute.remat != "none" and config.num_layers > 1 and compute.scan_unroll >= config.num_layers:
+        raise ValueError(f"remat '{compute.remat}' saves nothing when scan_unroll {compute.scan_unroll} unrolls all "
+                         f"{config.num_layers} layers; use a smaller scan_unroll, or remat none")
+    return Model(config, compute)

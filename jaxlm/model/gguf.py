@@ -52,8 +52,8 @@ PRE_TOKENIZERS = {
     "smollm": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]},
 }
 CONTROL, USER_DEFINED = 3, 4  # token types
-
-
+# Keyword of `jaxlm.data.tokenizer.JsonTokenizer` -> metadata below `tokenizer.ggml.`.
+SPECIAL_TOKENS = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id"}
 
 
 def load_gguf(
@@ -74,7 +74,7 @@ def load_gguf(
         return package.quants.dequantize(tensors[name].data, tensors[name].tensor_type).reshape(shapes[name])
 
     factors = read(ROPE_FACTORS) if ROPE_FACTORS in tensors else None
-    config = _config(path, _metadata(reader), shapes, factors)
+    config = _config(path, _llama_metadata(reader), shapes, factors)
     plan = slots(config, TENSORS, {**TRANSFORMS, "linear_pairs": TRANSFORMS["linear"]._replace(load=_load_pairs)})
     raise_problems(find_problems(plan, shapes, [ROPE_FACTORS]) + unread, path)
     return config, fill(plan, read, dtype, put)
@@ -86,9 +86,7 @@ def gguf_tokenizer_json(path: Path | str) -> str:
     Raises ValueError for other kinds of tokenizer, for a pre-tokenizer that is not in `PRE_TOKENIZERS`, and for files
     whose tokenizer adds tokens of its own.
     """
-    reader = _open(path)[1]
-    metadata = {name.removeprefix("tokenizer.ggml."): field.contents() for name, field in reader.fields.items()
-                if name.startswith("tokenizer.ggml.")}
+    metadata = _metadata(_open(path)[1], "tokenizer.ggml.")
     kind, pre = metadata.get("model"), metadata.get("pre")
     if kind != "gpt2" or pre not in PRE_TOKENIZERS:
         raise ValueError(f"{path}: tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported, only 'gpt2' with "
@@ -109,6 +107,20 @@ def gguf_tokenizer_json(path: Path | str) -> str:
                        "decoder": BYTE_LEVEL, "model": model}, ensure_ascii=False)
 
 
+def gguf_special_tokens(path: Path | str) -> dict[str, str]:
+    """The names of `bos`, `eos` and `pad` that a GGUF file states, without those that it does not state.
+
+    Raises ValueError for an id outside its vocabulary.
+    """
+    metadata = _metadata(_open(path)[1], "tokenizer.ggml.")
+    tokens = metadata.get("tokens", [])
+    ids = {kind: metadata[name] for kind, name in SPECIAL_TOKENS.items() if name in metadata}
+    for kind, i in ids.items():
+        if not 0 <= i < len(tokens):
+            raise ValueError(f"{path}: {SPECIAL_TOKENS[kind]}={i} is outside its vocabulary of {len(tokens)} tokens")
+    return {kind: tokens[i] for kind, i in ids.items()}
+
+
 def _open(path: Path | str) -> tuple[ModuleType, Any]:
     try:
         import gguf
@@ -120,13 +132,17 @@ def _open(path: Path | str) -> tuple[ModuleType, Any]:
         raise ValueError(f"{path} is not a whole GGUF file: {error}") from None
 
 
-def _metadata(reader: Any) -> dict[str, Any]:
+def _metadata(reader: Any, prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): field.contents() for name, field in reader.fields.items()
+            if name.startswith(prefix)}
+
+
+def _llama_metadata(reader: Any) -> dict[str, Any]:
     architecture = reader.fields.get("general.architecture")
     name = architecture.contents() if architecture else None
     if name != "llama":
         raise ValueError(f"GGUF architecture {name!r} is not supported, only 'llama'")
-    return {key.removeprefix("llama."): field.contents() for key, field in reader.fields.items()
-            if key.startswith("llama.")}
+    return _metadata(reader, "llama.")
 
 
 def _unread_formats(package: ModuleType, tensors: list[Any]) -> list[str]:

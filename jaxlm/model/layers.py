@@ -37,8 +37,9 @@ class Linear(nn.Module):
         y = checkpoint_name(y, PRODUCT)
         if not self.use_bias:
             return y
-        bias = self.param("bias", nn.initializers.zeros, self.outputs).astype(self.dtype)
-        return y + jnp.expand_dims(bias, tuple(range(y.ndim - bias.ndim)))
+        # Rounded first and added in float32: the same sum, and its gradient over all tokens is not summed in bfloat16.
+        bias = self.param("bias", nn.initializers.zeros, self.outputs).astype(self.dtype).astype(jnp.float32)
+        return (y + jnp.expand_dims(bias, tuple(range(y.ndim - bias.ndim)))).astype(self.dtype)
 
 
 class Embedding(nn.Module):
@@ -76,7 +77,9 @@ class RMSNorm(nn.Module):
         scale = jnp.expand_dims(scale + self.offset, tuple(range(x.ndim - 1)))
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        return (y * scale).astype(self.dtype) if self.offset else y.astype(self.dtype) * scale.astype(self.dtype)
+        if not self.offset:  # both rounded, but multiplied in float32: the gradient of the scale is summed in it
+            y, scale = (part.astype(self.dtype).astype(jnp.float32) for part in (y, scale))
+        return (y * scale).astype(self.dtype)
 
 
 class MLP(nn.Module):

@@ -45,10 +45,11 @@ def make_optimizer(config: OptimConfig, num_updates: int) -> optax.GradientTrans
 
     Loshchilov and Hutter, "Decoupled Weight Decay Regularization", as in `torch.optim.AdamW`.
     """
-    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    # Without clipping an identity stands there, so that the state of the chain has one shape.
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     schedule = make_schedule(config.schedule, config.lr, num_updates)
     return optax.chain(
-        *clip,
+        clip,
         optax.adamw(schedule, config.beta1, config.beta2, config.eps,
                     weight_decay=config.weight_decay, mask=decay_mask),
     )

@@ -23,6 +23,9 @@ class ScheduleConfig:
                              "together at most 1")
         if not 0 <= self.min_ratio <= 1:
             raise ValueError(f"schedule: min_ratio must be in [0, 1], got {self.min_ratio}")
+        if self.min_ratio and (self.kind == "constant" or (self.kind == "wsd" and not self.decay)):
+            raise ValueError(f"schedule: min_ratio has no effect with kind {self.kind}"
+                             f"{' and decay 0' if self.kind == 'wsd' else ''}: the rate never falls")
         if self.decay and self.kind != "wsd":
             raise ValueError(f"schedule: decay has an effect with kind wsd only, not with {self.kind}")
 

@@ -1,7 +1,7 @@
 """Checkpoints: state, data position, configuration and tokenizer in one folder per step, written by orbax.
 
     checkpoints/1200/state/      the TrainState, tensorstore, any mesh can read it
-    checkpoints/1200/data/       position of the data stream, one JSON per process
+    checkpoints/1200/data/       position of the data stream, JSON
     checkpoints/1200/config/     the run's configuration
     checkpoints/1200/tokenizer/  the tokenizer's own files
 
@@ -30,6 +30,9 @@ class CheckpointConfig:
     def __post_init__(self):
         if self.every < 1 or self.keep_last < 1 or self.keep_every < 0:
             raise ValueError("checkpoint.every and keep_last must be at least 1, keep_every at least 0")
+        if self.keep_every % self.every:
+            raise ValueError(f"checkpoint.keep_every {self.keep_every} is not a multiple of checkpoint.every "
+                             f"{self.every}, so it would keep nothing")
 
 
 class Resumable(Protocol):
@@ -92,11 +95,10 @@ class Checkpointer:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        position = {f"process_{jax.process_index()}": data.get_state(), "processes": jax.process_count()}
         try:
             self._manager.save(step, args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
-                data=ocp.args.JsonSave(position),
+                data=ocp.args.JsonSave(data.get_state()),
                 config=ocp.args.JsonSave(self._config),
                 tokenizer=FolderSave(self._files),
             ))
@@ -113,10 +115,16 @@ class Checkpointer:
     def restore(self, abstract: TrainState, data: Resumable) -> TrainState:
         """The newest complete state, in the shardings of `abstract`; moves `data` to its position."""
         step = self.latest_step()
-        restored = self._manager.restore(step, args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore(),
-        ))
-        data.set_state(restored["data"][f"process_{jax.process_index()}"])
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore(),
+            ))
+            data.set_state(restored["data"])
+        except (OSError, ValueError, KeyError) as error:
+            older = sorted(self._manager.all_steps())[:-1]
+            raise CheckpointError(
+                f"checkpoint {self.folder / str(step)} cannot be used: {first_line(error)}; "
+                + (f"delete it to resume from step {older[-1]}" if older else "there is no older one")) from error
         return restored["state"]
 
     def latest_step(self) -> int:
@@ -131,8 +139,8 @@ class Checkpointer:
     def _write_error(self, step: int | None, error: Exception) -> CheckpointError:
         kept = self._manager.latest_step()
         return CheckpointError(
-            f"checkpoint{'' if step is None else f' of step {step}'} could not be written to {self.folder}: {error}; "
-            f"the last complete one is {'none' if kept is None else f'step {kept}'}"
+            f"checkpoint{'' if step is None else f' of step {step}'} could not be written to {self.folder}: "
+            f"{first_line(error)}; the last complete one is {'none' if kept is None else f'step {kept}'}"
         )
 
 
@@ -140,8 +148,13 @@ def saved_run(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     """The configuration and the tokenizer files inside the newest complete checkpoint of a run folder."""
     folder = folder.absolute() / "checkpoints"
     with ocp.CheckpointManager(folder) as manager:
-        restored = manager.restore(_latest(manager, folder), args=ocp.args.Composite(
-            config=ocp.args.JsonRestore(), tokenizer=FolderRestore()))
+        step = _latest(manager, folder)
+        try:
+            restored = manager.restore(step, args=ocp.args.Composite(
+                config=ocp.args.JsonRestore(), tokenizer=FolderRestore()))
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"checkpoint {folder / str(step)} cannot be read: {first_line(error)}; delete it to "
+                                  "use an older one") from error
     return restored["config"], restored["tokenizer"]
 
 
@@ -161,8 +174,13 @@ def saved_params(folder: Path, shapes: Any) -> Any:
         return reader.restore(state, args=arguments)["params"]
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, without the pages that some libraries append."""
+    return (str(error) or repr(error)).splitlines()[0]
+
+
 def _latest(manager: ocp.CheckpointManager, folder: Path) -> int:
     step = manager.latest_step()
     if step is None:
-        raise CheckpointError(f"no complete checkpoint in {folder}; start without --resume")
+        raise CheckpointError(f"no complete checkpoint in {folder}; start again with --overwrite")
     return step

@@ -72,6 +72,8 @@ def fit(
       flops_ratio: model FLOPs per token / peak FLOP/s of all devices; times tokens/s it is the MFU.
     """
     start = int(state.step)
+    if start > config.steps:
+        raise ValueError(f"the checkpoint is at step {start}, beyond loop.steps {config.steps}")
     progress = ProgressLine(config.steps, start)
     reporter = _Reporter(config, metric_log, progress, batches, flops_ratio)
     pending: tuple[int, Metrics] | None = None
@@ -95,7 +97,7 @@ def fit(
             if pending:
                 reporter.step(*pending)
             pending = number + 1, metrics
-    checkpointer.wait()
+        checkpointer.wait()
     if not last:
         log.warning("stopped by a signal at step %d; continue with --resume", number)
     return state, last
