@@ -25,11 +25,12 @@ from jaxlm.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer, save_
 from jaxlm.generate.decode import greedy_decode, left_pad
 from jaxlm.model.config import ModelConfig
 from jaxlm.model.decoder import build
-from jaxlm.model.gguf import gguf_tokenizer_json, load_gguf
+from jaxlm.model.gguf import gguf_special_tokens, gguf_tokenizer_json, load_gguf
 from jaxlm.model.hf import load_hf, save_hf
 from jaxlm.train.checkpoint import saved_params, saved_run
 
 PROG = "recipes.convert"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")  # those that others read as well
 log = logging.getLogger(PROG)
 
 
@@ -61,7 +62,8 @@ class Loaded(NamedTuple):
 def load(source: Path) -> Loaded:
     """Reads any of the three kinds; ValueError when `source` is none of them or damaged."""
     if source.suffix == ".gguf":
-        return Loaded(*load_gguf(source), JsonTokenizer(gguf_tokenizer_json(source).encode()))
+        tokenizer = JsonTokenizer(gguf_tokenizer_json(source).encode(), **gguf_special_tokens(source))
+        return Loaded(*load_gguf(source), tokenizer)
     if (source / "checkpoints").is_dir():
         saved, files = saved_run(source)
         model = flags.from_json(ModelConfig, saved["model"], "model.")
@@ -99,7 +101,7 @@ def convert(config: Config) -> None:
         if model.tokenizer:
             save_tokenizer(model.tokenizer, Path(scratch))
             ids = {f"{name}_token_id": getattr(model.tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
-            files = [path for path in Path(scratch).iterdir() if path.name in ("tokenizer.json", "tokenizer.model")]
+            files = [path for path in Path(scratch).iterdir() if path.name in TOKENIZER_FILES]
         save_hf(config.target, model.config, model.params, architecture=config.architecture, dtype=config.dtype,
                 token_ids=ids, files=files, overwrite=config.overwrite)
     log.info("written to %s", config.target)

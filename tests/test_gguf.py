@@ -14,10 +14,11 @@ import pytest
 from tokenizers import Tokenizer
 
 from jaxlm.core.tree import named_leaves
+from jaxlm.data.tokenizer import JsonTokenizer
 from jaxlm.generate.decode import greedy_decode, left_pad
 from jaxlm.model.config import ModelConfig, RopeScaling
 from jaxlm.model.decoder import build
-from jaxlm.model.gguf import gguf_tokenizer_json, load_gguf
+from jaxlm.model.gguf import gguf_special_tokens, gguf_tokenizer_json, load_gguf
 from jaxlm.model.layers import rope_frequencies
 from jaxlm.model.presets import MODELS
 
@@ -74,6 +75,15 @@ def test_the_tokenizer_of_a_real_checkpoint(smollm2):
         assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
     assert tokenizer.get_vocab_size() == 49_152
     assert tokenizer.decode([1, 504, EOS]) == "The", "control tokens are special"
+
+
+def test_the_special_tokens_of_a_real_checkpoint(smollm2):
+    names = gguf_special_tokens(smollm2)
+    assert names == {"bos": "<|im_start|>", "eos": "<|im_end|>", "pad": "<|im_end|>"}
+    content = gguf_tokenizer_json(smollm2).encode()
+    tokenizer = JsonTokenizer(content, **names)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, EOS, 2)
+    assert JsonTokenizer(content).pad_id == 0, "the usual names alone would guess another padding"
 
 
 TINY = ModelConfig(vocab_size=32, d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=64,
@@ -222,11 +232,22 @@ def test_a_broken_file_is_named(params, tmp_path):
         load_gguf(tmp_path / "none.gguf")
 
 
-def test_tokenizers_that_would_differ_are_refused(params, tmp_path):
-    def tokenizer(pre, *more):
-        return [("add_tokenizer_model", "gpt2"), ("add_tokenizer_pre", pre), ("add_token_list", ["a", "b", "<e>"]),
-                ("add_token_types", [1, 1, 4]), ("add_token_merges", ["a b"]), *more]
+def tokenizer(pre, *more):
+    return [("add_tokenizer_model", "gpt2"), ("add_tokenizer_pre", pre), ("add_token_list", ["a", "b", "<e>"]),
+            ("add_token_types", [1, 1, 4]), ("add_token_merges", ["a b"]), *more]
 
+
+def test_only_stated_special_tokens_are_named(params, tmp_path):
+    path = write(tmp_path / "none.gguf", TINY, params, settings=tokenizer("gpt-2"))
+    assert gguf_special_tokens(path) == {}
+    path = write(tmp_path / "eos.gguf", TINY, params, settings=tokenizer("gpt-2", ("add_eos_token_id", 2)))
+    assert gguf_special_tokens(path) == {"eos": "<e>"}
+    path = write(tmp_path / "pad.gguf", TINY, params, settings=tokenizer("gpt-2", ("add_pad_token_id", 3)))
+    with pytest.raises(ValueError, match="padding_token_id=3 is outside its vocabulary of 3 tokens"):
+        gguf_special_tokens(path)
+
+
+def test_tokenizers_that_would_differ_are_refused(params, tmp_path):
     path = write(tmp_path / "good.gguf", TINY, params, settings=tokenizer("gpt-2"))
     assert json.loads(gguf_tokenizer_json(path))["added_tokens"][0]["content"] == "<e>"
     path = write(tmp_path / "part.gguf", TINY, params, settings=tokenizer("gpt-2")[:3])

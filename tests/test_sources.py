@@ -6,6 +6,7 @@ import logging
 import pickle
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pyarrow
@@ -13,6 +14,7 @@ import pyarrow.parquet
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from jaxlm.data import record_files
 from jaxlm.data.sources import Document, SourceConfig, open_source, parse_source
 from tests.tiny_tfds.tiny_documents import TEXTS
 
@@ -169,13 +171,92 @@ def test_bad_rows_are_named_counted_and_limited(line, tmp_path, caplog):
     assert f"{path}:3: " in message and "1 of 9 rows read are bad, 0 allowed" in message
     assert "dropped 1 bad rows and 1 without text" in caplog.text
     write_array_record(tmp_path / "a.array_record", content.splitlines())
-    lazy = open_source(SourceConfig(path=str(tmp_path / "a.array_record"), **OPTIONS), max_bad_rows=1)
-    for _ in range(2):  # The second pass must not count again.
+    caplog.clear()
+    config = SourceConfig(path=str(tmp_path / "a.array_record"), **OPTIONS)
+    lazy = open_source(config, max_bad_rows=1)
+    for _ in range(2):  # Reading must not count again what opening has tried.
         assert [doc for doc in lazy if doc] == EXPECTED
-    assert lazy.dropped == {"bad": 1, "empty": 1, "filtered": 0} and ":3: " in lazy.bad_rows[0]
-    strict = open_source(SourceConfig(path=str(tmp_path / "a.array_record"), **OPTIONS))
-    with pytest.raises(ValueError, match=r"a\.array_record:3: "):
+    assert lazy.dropped == {"bad": 1, "empty": 1, "filtered": 0}
+    assert lazy.bad_rows[0].startswith(f"{config.path}:3: ")
+    message = fails(BAD_LINES[line], config)
+    assert f"{config.path}:3: " in message and "1 of 9 rows read are bad, 0 allowed" in message
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list[int]:
+    """Every record that is decoded, by the number in its `id`."""
+    indices, decode = [], record_files._row
+    monkeypatch.setattr(record_files, "_row", lambda record: (row := decode(record), indices.append(row["id"]))[0])
+    return indices
+
+
+def write_numbered(path: Path, count: int, **fields) -> SourceConfig:
+    write_array_record(path, [json.dumps({"id": i, "text": f"text {i}", **fields}).encode() for i in range(count)])
+    return SourceConfig(path=str(path))
+
+
+def test_opening_tries_spread_records(tmp_path, reads):
+    write_numbered(tmp_path / "a.array_record", 3000)
+    source = open_source(SourceConfig(path=f"{tmp_path}/a.array_record"))
+    assert len(reads) == 1000 and [i // 3 for i in reads] == list(range(1000)), "one of each three records"
+    assert len({i % 3 for i in reads}) == 3, "the distances have no period"
+    assert source.dropped == {"bad": 0, "empty": 0, "filtered": 0}
+    source = open_source(SourceConfig(path=f"{tmp_path}/a.array_record", exclude=("id:7777",)))
+    assert source[0].text == "text 0", "what no record tried matches may stand in the others"
+
+
+def test_each_bad_record_is_named_once_when_it_is_met(tmp_path, reads, caplog):
+    path = tmp_path / "a.array_record"
+    open_source(write_numbered(path, 1002))
+    tried, late = reads[0], next(i for i in range(1002) if i not in reads)
+    write_array_record(path, [json.dumps({"id": i} if i in (tried, late) else {"id": i, "text": "x"}).encode()
+                              for i in range(1002)])
+    source = open_source(SourceConfig(path=str(path)), max_bad_rows=2)
+    named = [record.getMessage() for record in caplog.records]
+    assert [f"{path}:{tried + 1}: no field 'text'" in line for line in named] == [True]
+    assert source.dropped["bad"] == 1
+    for copy in (pickle.loads(pickle.dumps(source)), source):
+        caplog.clear()
+        for _ in range(2):
+            assert sum(document is None for document in copy) == 2
+        (named,) = [record.getMessage() for record in caplog.records]
+        assert f"number 2 of 2 allowed): {path}:{late + 1}: no field" in named and copy.dropped["bad"] == 2
+    strict = open_source(SourceConfig(path=str(path)), max_bad_rows=1)
+    with pytest.raises(ValueError, match=rf"2 of \d+ rows read are bad, 1 allowed .*\n.*\n.*:{late + 1}: no field"):
         list(strict)
+
+
+def test_a_lazy_source_without_a_document_fails_at_open(tmp_path, tfds_folder):
+    path = str(tmp_path / "a.array_record")
+    write_numbered(tmp_path / "a.array_record", 20, lang="ko")
+    fails("no row left of 20 tried of 20 .0 without text, 20 filtered, 0 bad",
+          SourceConfig(path=path, include=("lang:kr",)))
+    fails("include=lang:kr matches no row", SourceConfig(path=path, include=("lang:ko", "lang:kr")))
+    fails("exclude=lang:em matches no row", SourceConfig(path=path, exclude=("lang:em",)))
+    missing = SourceConfig(path=path, language_field="lng")
+    fails("a.array_record:1: no field 'lng' .did you mean 'lang'.*in all 20 rows read", missing)
+    fails("no row left of 20 tried of 20 .0 without text, 0 filtered, 20 bad", missing, 20)
+    fails("no row left of 5 tried of 5", parse_source(
+        f"tfds:tiny_documents/small?data_dir={tfds_folder}&include=language:kr"))
+    write_numbered(tmp_path / "a.array_record", 1500, text=" ")
+    fails("no row left of 1000 tried of 1500 .1000 without text", SourceConfig(path=path))
+
+
+def test_fingerprints_notice_other_data(tmp_path):
+    texts = [f"text {i}" for i in range(64)]
+    prints = {name: open_source(changed).fingerprint() for name, changed in {
+        "same": texts, "first": ["text x", *texts[1:]], "last": [*texts[:-1], "text x"], "shorter": texts[:-1],
+        "order": texts[::-1], "border": ["text 0t", "ext 1", *texts[2:]], "longer": [*texts, *texts],
+        "other length": [*texts, *texts, "x"]}.items()}
+    assert len(set(prints.values())) == len(prints)
+    assert prints["same"] == zlib.crc32(("64" + "".join(f":{len(text)}:{text}" for text in texts)).encode())
+    assert pickle.loads(pickle.dumps(open_source(texts))).fingerprint() == prints["same"]
+    records = [json.dumps({"text": text}).encode() for text in ["text 0", " ", *texts[2:]]]
+    write_array_record(tmp_path / "a.array_record", records)
+    with_empty = open_source(SourceConfig(path=f"{tmp_path}/a.array_record")).fingerprint()
+    assert with_empty not in prints.values()
+    write_array_record(tmp_path / "a.array_record", [records[0], b'{"text": "text 1"}', *records[2:]])
+    assert open_source(SourceConfig(path=f"{tmp_path}/a.array_record")).fingerprint() == prints["same"]
 
 
 def test_bad_tsv_rows(tmp_path):

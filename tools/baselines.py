@@ -72,7 +72,7 @@ def read(specs: tuple[str, ...]) -> dict[str, bytes]:
     texts = defaultdict(list)
     for spec in specs:
         source = open_source(parse_source(spec))
-        for document in (source[i] for i in range(len(source))):
+        for document in filter(None, (source[i] for i in range(len(source)))):
             texts[document.language or "all"].append(document.text.encode() + b"\n")
     return {language: b"".join(parts) for language, parts in texts.items()}
 

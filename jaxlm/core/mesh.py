@@ -55,7 +55,9 @@ def match_rule(name: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> P
     spec = next((spec for pattern, spec in rules if re.search(pattern, name)), None)
     if spec is None:
         raise ValueError(f"no sharding rule matches parameter '{name}' of shape {shape}")
-    for size, axes in zip(shape, spec, strict=False):
+    if len(spec) > len(shape):
+        raise ValueError(f"the sharding rule of parameter '{name}', {spec}, has more dimensions than its shape {shape}")
+    for size, axes in zip(shape, spec, strict=False):  # a shorter spec leaves the last dimensions whole
         parts = math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
         if size % parts:
             raise ValueError(

@@ -19,8 +19,3 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 def count_parameters(tree: Any) -> int:
     """Number of elements of all leaves; works on `jax.ShapeDtypeStruct` trees as well."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-
-
-def count_bytes(tree: Any) -> int:
-    """Bytes of all leaves; works on `jax.ShapeDtypeStruct` trees as well."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -76,8 +76,12 @@ class LazyRows(Sequence):
         document = None
         try:
             row = _row(self._records[i])
-        except (ValueError, RecursionError) as error:
-            self._reader.bad(f"not JSON in UTF-8 ({error})", self._place, i + 1)
+        except UnicodeDecodeError as error:
+            self._reader.bad(f"not valid UTF-8 ({error.reason} at byte {error.start})", self._place, i + 1)
+        except RecursionError:
+            self._reader.bad("not JSON that can be read (nested too deeply)", self._place, i + 1)
+        except ValueError as error:
+            self._reader.bad(f"not JSON ({error})", self._place, i + 1)
         except RuntimeError as error:
             self._reader.bad(f"the record is damaged ({error})", self._place, i + 1)
         else:

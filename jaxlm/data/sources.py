@@ -5,6 +5,7 @@ and TFDS records are decoded when asked for, and a part of them is tried at open
 """
 
 import glob
+import itertools
 import logging
 import os
 import re
@@ -230,4 +231,4 @@ def _spread(length: int, count: int) -> list[int]:
     starts = [part * length // count for part in range(count + 1)]
     # Multiples of the golden ratio modulo 1 (here in 32 bits) place the index within its part.
     return [start + (part * 0x9E3779B1 % 2**32 * (end - start) >> 32)
-            for part, (start, end) in enumerate(zip(starts, starts[1:], strict=False))]
+            for part, (start, end) in enumerate(itertools.pairwise(starts))]

@@ -69,7 +69,8 @@ def fit(
 
     Args:
       evaluate: `params, step -> (numbers to log, text to show)`, called outside the timed part.
-      flops_ratio: model FLOPs per token / peak FLOP/s of all devices; times tokens/s it is the MFU.
+      flops_ratio: model FLOPs per token / peak FLOP/s of all devices; times tokens/s it is the MFU. Tokens are
+        targets that count in the loss, so padding lowers both.
     """
     start = int(state.step)
     if start > config.steps:

@@ -24,13 +24,14 @@ PEAK_FLOPS = {
 def peak_flops(dtype: str) -> tuple[float, str]:
     """FLOP/s of one device and where the number comes from.
 
-    Known accelerators use the data sheet. Anything else, a CPU above all, is measured by one square matrix product
-    in `dtype`; utilisation is then relative to what XLA's own product reaches here, and the text says so.
+    Known accelerators use the data sheet, for bfloat16 whatever the dtype. Anything else, a CPU above all, is measured
+    by one square matrix product in `dtype`; utilisation is then relative to what XLA's own product reaches here, and
+    the text says so.
     """
     kind = jax.devices()[0].device_kind
     for name, peak in PEAK_FLOPS.items():
         if kind.startswith(name):
-            return peak, f"{peak / 1e12:.0f} TFLOP/s, data sheet of {kind}"
+            return peak, f"{peak / 1e12:.0f} TFLOP/s, bf16 data sheet of {kind}"
     measured = _measure_matmul(1024, jnp.dtype(dtype)) / len(jax.local_devices())
     return measured, f"{measured / 1e9:.0f} GFLOP/s, measured {dtype} matrix product on {kind}"
 
