@@ -10,7 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 from tensorboard.summary import Writer
 
 
@@ -85,8 +86,11 @@ class ProgressLine:
         self._total = total
         self._bar = None
         if sys.stdout.isatty():
-            columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=20),
-                       TaskProgressColumn(), TextColumn("{task.description}"))
+            # On a narrow terminal the numbers are cut at their end; step and bar keep their width.
+            fixed = Column(min_width=len(f"step {total}/{total}"), no_wrap=True)
+            columns = (TextColumn("step {task.completed}/{task.total}", table_column=fixed),
+                       BarColumn(bar_width=8, table_column=Column(min_width=8)),
+                       TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")))
             self._bar = Progress(*columns, console=Console(), refresh_per_second=4)
             self._task = self._bar.add_task("", total=total, completed=start)
             self._bar.start()

@@ -152,9 +152,8 @@ class _Reporter:
         }
         self.metric_log.write(number, values)
         self.progress.report(number, "  ".join((
-            f"loss {values['loss']:.4f}", f"lr {values['lr']:.2e}", f"grad {values['grad_norm']:.2f}",
-            f"{human_count(rate)} tok/s", f"MFU {values['mfu']:.1%}", f"{values['memory_gb']:.2f} GB",
-            left,
+            f"loss {values['loss']:.4f}", f"{human_count(rate)} tok/s", f"MFU {values['mfu']:.1%}",
+            f"{values['memory_gb']:.2f} GB", left, f"lr {values['lr']:.2e}", f"grad {values['grad_norm']:.2f}",
         )))
         self.tokens = self.steps = 0
         self.first = False
