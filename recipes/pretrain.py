@@ -31,15 +31,9 @@ from jaxlm.core.rng import derive
 from jaxlm.core.tree import count_parameters
 from jaxlm.data.examples import excluded_ids
 from jaxlm.data.pipeline import Batches, PipelineConfig, make_pipeline
-from jaxlm.data.sources import Source, open_source, parse_source
-from jaxlm.data.tokenizer import (
-    Tokenizer,
-    check_vocabulary,
-    load_tokenizer,
-    save_tokenizer,
-    tokenizer_from_files,
-    train_sentencepiece,
-)
+from jaxlm.data.sources import open_source, parse_source
+from jaxlm.data.tokenizer import check_vocabulary, save_tokenizer, tokenizer_from_files
+from jaxlm.data.tokenizer_training import TokenizerConfig, make_tokenizer
 from jaxlm.eval.held_out import Evaluation, make_evaluation
 from jaxlm.model.attention import resolve_backend
 from jaxlm.model.config import ComputeConfig, ModelConfig, flops_per_token
@@ -60,7 +54,6 @@ from jaxlm.train.state import TrainState, abstract_state, init_state, place_leaf
 from jaxlm.train.step import Loss, check_batch, make_step
 
 PROG = "recipes.pretrain"
-KORMO_SYMBOLS = ("<think>", "</think>", "<|BOT|>", "<|EOT|>")
 log = logging.getLogger(PROG)  # as a module with flags, this file is called __main__
 
 
@@ -73,19 +66,6 @@ class DataConfig:
         "sample:ko?documents=100&split=held_out", "sample:en?documents=100&split=held_out")
     max_bad_rows: int = 0                # rows of one source that may be unreadable
     never_predict: tuple[str, ...] = ()  # symbols that are input but no target; KORMo: <think>
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
-    """Where the tokenizer comes from."""
-
-    path: str = "train"           # train: sentencepiece on the sources; bytes; or a folder or file
-    documents: int | None = None  # train only: at most this many documents, evenly from the sources; None is 50 000
-    symbols: tuple[str, ...] | None = None  # train only: whole tokens; None is KORMo's for chat and thought
-
-    def __post_init__(self):
-        if self.path != "train" and (self.documents, self.symbols) != (None, None):
-            raise ValueError("tokenizer.documents and symbols have an effect with tokenizer.path train only")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,17 +145,6 @@ def make_loss(model: Model, *, z_loss: float = 0.0, chunks: int = 1) -> Loss:
     return loss
 
 
-def make_tokenizer(config: Config, sources: Sequence[Source]) -> Tokenizer:
-    """Trains or loads the tokenizer of a new run."""
-    if config.tokenizer.path == "train":
-        share = -(-(config.tokenizer.documents or 50_000) // len(sources))
-        symbols = KORMO_SYMBOLS if config.tokenizer.symbols is None else config.tokenizer.symbols
-        texts = (source[i] for source in sources for i in range(0, len(source), -(-len(source) // share)))
-        return train_sentencepiece((document.text for document in texts if document),
-                                   vocab_size=config.model.vocab_size, user_symbols=symbols)
-    return load_tokenizer(config.tokenizer.path)
-
-
 def check(config: Config, mesh: Mesh) -> None:
     """ValueError for settings that do not fit together."""
     attention_backend(config)
@@ -245,7 +214,8 @@ def prepare(config: Config) -> Prepared:
             "model", "data", "tokenizer", "pipeline", "accumulate", "seed", "init_from"), ignored=("folder",))
     sources, held_out = ([open_source(path, max_bad_rows=data.max_bad_rows) for path in paths]
                          for paths in (paths, held_out_paths))
-    tokenizer = tokenizer_from_files(files) if config.resume else make_tokenizer(config, sources)
+    tokenizer = (tokenizer_from_files(files) if config.resume else
+                 make_tokenizer(config.tokenizer, sources, config.model.vocab_size))
     check_vocabulary(tokenizer, config.model.vocab_size)
     excluded = excluded_ids(tokenizer, data.never_predict)
     batches = make_pipeline(sources, tokenizer, config.pipeline, excluded=excluded, seed=config.seed,

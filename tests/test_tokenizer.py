@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from jaxlm.data.sample import sample_documents
+from jaxlm.data.sources import open_source
 from jaxlm.data.tokenizer import (
     ByteTokenizer,
     JsonTokenizer,
@@ -19,8 +20,8 @@ from jaxlm.data.tokenizer import (
     load_tokenizer,
     save_tokenizer,
     tokenizer_from_files,
-    train_sentencepiece,
 )
+from jaxlm.data.tokenizer_training import TokenizerConfig, make_tokenizer, train_sentencepiece
 
 TEXTS = [doc.text for doc in sample_documents("both", 300)]
 HARD = ["", " ", "  two  spaces  ", " lead", "trail ", "tab\there", "line\nline\n\nend\r\n", "\0nul\0", "▁ sign ▁▁",
@@ -183,3 +184,15 @@ def test_loading_errors(tmp_path):
         SentencePieceTokenizer(b"")
     with pytest.raises(ValueError, match="did you mean '<eos>'"):
         ByteTokenizer().token_id("eos")
+
+
+def test_make_tokenizer_trains_loads_and_refuses_settings_without_effect(tmp_path):
+    source = open_source(TEXTS)
+    trained = make_tokenizer(TokenizerConfig(documents=200), [source], 800)
+    assert trained.vocab_size == 800 and trained.encode("<think>") == [trained.token_id("<think>")]
+    save_tokenizer(trained, tmp_path)
+    assert make_tokenizer(TokenizerConfig(path=str(tmp_path)), [source], 5).fingerprint() == trained.fingerprint()
+    assert make_tokenizer(TokenizerConfig(path="bytes"), [source], 5).vocab_size == 259
+    for options in ({"documents": 5}, {"symbols": ("<x>",)}):
+        with pytest.raises(ValueError, match="train only"):
+            TokenizerConfig(path="bytes", **options)
