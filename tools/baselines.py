@@ -9,6 +9,7 @@ Sources are those of `recipes.pretrain`; a text is its UTF-8 bytes and one newli
 import lzma
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import tyro
@@ -52,10 +53,14 @@ def trigram_bits(counts: list[np.ndarray], text: bytes) -> float:
 
 def xz_bits(text: bytes, before: bytes = b"") -> float:
     """Bits that `xz -9e` adds for `text` when it has compressed `before` in the same stream."""
-    window = 1 << max(26, min(30, (len(before) + len(text)).bit_length()))
+    return 8.0 * (_xz_size(before + text) - _xz_size(before))
+
+
+@lru_cache(maxsize=4)  # the training text, once for all languages
+def _xz_size(data: bytes) -> int:
+    window = 1 << max(26, min(30, len(data).bit_length()))
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": window}]
-    size = lambda data: len(lzma.compress(data, filters=filters)) if data else 0
-    return 8.0 * (size(before + text) - size(before))
+    return len(lzma.compress(data, filters=filters)) if data else 0
 
 
 @dataclass(frozen=True, kw_only=True)
