@@ -128,8 +128,8 @@ def test_full_disk_ends_with_one_sentence(tmp_path, corpus):
                           check=False, capture_output=True, text=True)
     assert done.returncode == 2
     assert re.search(r"recipes\.pretrain: checkpoint.* could not be written.*last complete one is step 4", done.stderr)
-    # What comes after it are callbacks of tensorstore that find orbax's event loop closed.
-    assert "Traceback" not in done.stderr.split("could not be written")[0]
+    # Callbacks of tensorstore may find orbax's event loop closed and say so; ours is no traceback.
+    assert "recipes/pretrain.py" not in done.stderr
     main([*flags(tmp_path / "run", corpus, 6), "--resume"])
     assert max(losses(tmp_path / "run")) >= 6
 
