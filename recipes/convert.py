@@ -27,10 +27,10 @@ from jaxlm.model.config import ModelConfig
 from jaxlm.model.decoder import build
 from jaxlm.model.gguf import gguf_special_tokens, gguf_tokenizer_json, load_gguf
 from jaxlm.model.hf import load_hf, save_hf
+from jaxlm.model.safetensors_io import COMPANIONS
 from jaxlm.train.checkpoint import saved_params, saved_run
 
 PROG = "recipes.convert"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")  # those that others read as well
 log = logging.getLogger(PROG)
 
 
@@ -101,7 +101,7 @@ def convert(config: Config) -> None:
         if model.tokenizer:
             save_tokenizer(model.tokenizer, Path(scratch))
             ids = {f"{name}_token_id": getattr(model.tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
-            files = [path for path in Path(scratch).iterdir() if path.name in TOKENIZER_FILES]
+            files = [path for path in Path(scratch).iterdir() if path.name in COMPANIONS]  # others know no byte marker
         save_hf(config.target, model.config, model.params, architecture=config.architecture, dtype=config.dtype,
                 token_ids=ids, files=files, overwrite=config.overwrite)
     log.info("written to %s", config.target)

@@ -10,7 +10,6 @@ median seconds of each, the median of the ratio torch / ours (above 1: ours is f
 """
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from jaxlm.model.partition import PARAM_RULES
 from jaxlm.model.presets import MODELS
 from jaxlm.optim.optimizer import OptimConfig, make_optimizer
 from jaxlm.optim.schedule import make_schedule
+from jaxlm.train.measure import resident_bytes
 from jaxlm.train.state import init_state
 from jaxlm.train.step import make_step
 from recipes.pretrain import make_loss
@@ -123,8 +123,7 @@ def serve(config: Config) -> None:
         start = time.perf_counter()
         one()
         seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        print(json.dumps({"seconds": seconds, "peak": peak}), flush=True)
+        print(json.dumps({"seconds": seconds, "peak": resident_bytes()}), flush=True)
 
 
 def measure(config: Config, dtype: str) -> None:

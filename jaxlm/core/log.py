@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -13,6 +14,8 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 from tensorboard.summary import Writer
+
+log = logging.getLogger(__name__)
 
 
 def setup_logging() -> None:
@@ -31,9 +34,6 @@ def setup_logging() -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
-log = logging.getLogger(__name__)
-
-
 class MetricLog:
     """Appends each record to `metrics.jsonl` (flushed line by line) and to TensorBoard event files.
 
@@ -43,16 +43,18 @@ class MetricLog:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        torn = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size
-        self._file = path.open("a", encoding="utf-8")
-        if torn:  # a killed run or a full disk left half a line
-            self._file.write("\n")
+        self._file = path.open("a+b")
+        if self._file.tell():
+            self._file.seek(-1, os.SEEK_END)
+            if self._file.read(1) != b"\n":  # a killed run or a full disk left half a line
+                self._file.write(b"\n")
         self._board = Writer(str(folder / "tensorboard"))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One record. Values that are not finite are written as null: JSON has no name for them."""
         finite = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
+        line = json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n"
+        self._file.write(line.encode())
         self._file.flush()
         for name, value in finite.items():
             if value is not None:

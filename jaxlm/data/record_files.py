@@ -1,6 +1,5 @@
 """Rows of binary formats: parquet (read at open), ArrayRecord and TFDS (random access, decoded when asked for)."""
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from jaxlm.core.config import nearest
-from jaxlm.data.rows import Document, RowReader, SourceConfig
+from jaxlm.data.rows import BadRow, Document, RowReader, SourceConfig, decode_json, decode_text
 
 
 def read_parquet(path: Path, reader: RowReader) -> Iterator[Document]:
@@ -76,13 +75,9 @@ class LazyRows(Sequence):
         document = None
         try:
             row = _row(self._records[i])
-        except UnicodeDecodeError as error:
-            self._reader.bad(f"not valid UTF-8 ({error.reason} at byte {error.start})", self._place, i + 1)
-        except RecursionError:
-            self._reader.bad("not JSON that can be read (nested too deeply)", self._place, i + 1)
-        except ValueError as error:
-            self._reader.bad(f"not JSON ({error})", self._place, i + 1)
-        except RuntimeError as error:
+        except BadRow as error:
+            self._reader.bad(str(error), self._place, i + 1)
+        except (RuntimeError, ValueError) as error:
             self._reader.bad(f"the record is damaged ({error})", self._place, i + 1)
         else:
             document = self._reader.read(row, self._place, i + 1)
@@ -130,7 +125,7 @@ def open_tfds(config: SourceConfig, reader: RowReader) -> LazyRows:
 
 def _row(record: Any) -> Any:
     if isinstance(record, bytes):
-        return json.loads(record.decode("utf-8"))
+        return decode_json(record)
     if isinstance(record, Mapping):
         return {name: _plain(value) for name, value in record.items()}
     return record
@@ -139,5 +134,5 @@ def _row(record: Any) -> Any:
 def _plain(value: Any) -> Any:
     """tfds gives text as bytes and numbers as numpy scalars."""
     if isinstance(value, bytes):
-        return value.decode("utf-8")
+        return decode_text(value)
     return value.item() if isinstance(value, np.generic) else value

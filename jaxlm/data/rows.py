@@ -112,6 +112,25 @@ class BadRow(ValueError):
     """A row that cannot become a document; the message is the reason."""
 
 
+def decode_text(data: bytes) -> str:
+    """UTF-8 bytes as text; BadRow names the byte that is none."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRow(f"not valid UTF-8 ({error.reason} at byte {error.start})") from None
+
+
+def decode_json(data: bytes) -> Any:
+    """UTF-8 bytes as a JSON value; BadRow says why they are none."""
+    text = decode_text(data)  # the JSON parser alone would accept UTF-16 and UTF-32 as well
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise BadRow("not JSON that can be read (nested too deeply)") from None
+    except ValueError as error:
+        raise BadRow(f"not JSON ({error})") from None
+
+
 def missing_field(name: str, present: Iterable[str]) -> str:
     present = list(present)
     return f"no field {name!r}{nearest(name, present)}; fields: {', '.join(present)}"

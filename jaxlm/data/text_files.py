@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import BinaryIO
 
 import pyarrow
 
-from jaxlm.data.rows import Document, RowReader
+from jaxlm.data.rows import BadRow, Document, RowReader, decode_json, decode_text
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 _BOM = b"\xef\xbb\xbf"
@@ -24,18 +23,13 @@ def read_jsonl(path: Path, reader: RowReader) -> Iterator[Document]:
             reader.empty += 1
             continue
         try:
-            # Decoded first: the JSON parser alone would accept UTF-16 and UTF-32 as well.
-            row = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            reader.bad(f"not valid UTF-8 ({error.reason} at byte {error.start})", name, number)
-        except RecursionError:
-            reader.bad("not JSON that can be read (nested too deeply)", name, number)
-        except ValueError as error:
-            reader.bad(f"not JSON ({error})", name, number)
-        else:
-            document = reader.read(row, name, number)
-            if document is not None:
-                yield document
+            row = decode_json(line)
+        except BadRow as error:
+            reader.bad(str(error), name, number)
+            continue
+        document = reader.read(row, name, number)
+        if document is not None:
+            yield document
 
 
 def read_tsv(path: Path, reader: RowReader) -> Iterator[Document]:
@@ -54,9 +48,9 @@ def read_tsv(path: Path, reader: RowReader) -> Iterator[Document]:
             reader.empty += 1
             continue
         try:
-            cells = line.decode("utf-8").split("\t")
-        except UnicodeDecodeError as error:
-            reader.bad(f"not valid UTF-8 ({error.reason} at byte {error.start})", name, number)
+            cells = decode_text(line).split("\t")
+        except BadRow as error:
+            reader.bad(str(error), name, number)
             continue
         if len(cells) != len(header):
             reader.bad(f"{len(cells)} columns, the header has {len(header)}", name, number)

@@ -98,11 +98,9 @@ class SentencePieceTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; control symbols other than bos, eos and pad appear by name."""
         parts, run = [], []
-        for i in map(int, ids):
+        for i in _checked(ids, self.vocab_size):
             if i in self._hidden:
                 continue
-            if not 0 <= i < self.vocab_size:
-                raise ValueError(f"id {i} is outside the vocabulary of {self.vocab_size}")
             if i in self._control:
                 parts += [self._processor.decode(run), self._control[i]]
                 run = []
@@ -159,10 +157,7 @@ class JsonTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special tokens other than bos, eos and pad appear by name."""
-        ids = [int(i) for i in ids]
-        for i in ids:
-            if not 0 <= i < self.vocab_size:
-                raise ValueError(f"id {i} is outside the vocabulary of {self.vocab_size}")
+        ids = _checked(ids, self.vocab_size)
         return self._tokenizer.decode([i for i in ids if i not in self._hidden], skip_special_tokens=False)
 
     def token_id(self, name: str) -> int:
@@ -207,10 +202,7 @@ class ByteTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the bytes; what is no UTF-8 becomes U+FFFD."""
-        ids = [int(i) for i in ids]
-        for i in ids:
-            if not 0 <= i < self.vocab_size:
-                raise ValueError(f"id {i} is outside the vocabulary of {self.vocab_size}")
+        ids = _checked(ids, self.vocab_size)
         return bytes(i for i in ids if i < BYTE_PIECES).decode("utf-8", errors="replace")
 
     def token_id(self, name: str) -> int:
@@ -287,6 +279,14 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     """ValueError if a model of `vocab_size` rows cannot embed every id; more rows (padding) are fine."""
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(f"wrong tokenizer: it has {tokenizer.vocab_size} tokens, the model's vocabulary {vocab_size}")
+
+
+def _checked(ids: Iterable[int], vocab_size: int) -> list[int]:
+    ids = [int(i) for i in ids]
+    for i in ids:
+        if not 0 <= i < vocab_size:
+            raise ValueError(f"id {i} is outside the vocabulary of {vocab_size}")
+    return ids
 
 
 def _byte_ids(processor: sentencepiece.SentencePieceProcessor) -> list[int]:

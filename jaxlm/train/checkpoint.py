@@ -44,6 +44,7 @@ class Resumable(Protocol):
 
 # A full disk is an OSError in the small files and a ValueError of tensorstore's in the arrays.
 WRITE_ERRORS = (OSError, ValueError)
+READ_ERRORS = (OSError, ValueError, KeyError)
 
 
 class CheckpointError(ValueError):
@@ -120,11 +121,8 @@ class Checkpointer:
                 state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore(),
             ))
             data.set_state(restored["data"])
-        except (OSError, ValueError, KeyError) as error:
-            older = sorted(self._manager.all_steps())[:-1]
-            raise CheckpointError(
-                f"checkpoint {self.folder / str(step)} cannot be used: {first_line(error)}; "
-                + (f"delete it to resume from step {older[-1]}" if older else "there is no older one")) from error
+        except READ_ERRORS as error:
+            raise _read_error(self._manager, self.folder, error) from error
         return restored["state"]
 
     def latest_step(self) -> int:
@@ -152,9 +150,8 @@ def saved_run(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
         try:
             restored = manager.restore(step, args=ocp.args.Composite(
                 config=ocp.args.JsonRestore(), tokenizer=FolderRestore()))
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"checkpoint {folder / str(step)} cannot be read: {first_line(error)}; delete it to "
-                                  "use an older one") from error
+        except READ_ERRORS as error:
+            raise _read_error(manager, folder, error) from error
     return restored["config"], restored["tokenizer"]
 
 
@@ -172,6 +169,13 @@ def saved_params(folder: Path, shapes: Any) -> Any:
         arguments = ocp.args.PyTreeRestore(
             item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True)
         return reader.restore(state, args=arguments)["params"]
+
+
+def _read_error(manager: ocp.CheckpointManager, folder: Path, error: Exception) -> CheckpointError:
+    *older, newest = sorted(manager.all_steps())
+    return CheckpointError(
+        f"checkpoint {folder / str(newest)} cannot be used: {first_line(error)}; "
+        + (f"delete it to resume from step {older[-1]}" if older else "there is no older one"))
 
 
 def first_line(error: Exception) -> str:

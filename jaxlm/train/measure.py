@@ -53,6 +53,11 @@ def memory_bytes() -> int:
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
+    return resident_bytes()
+
+
+def resident_bytes() -> int:
+    """Peak resident memory of this process; asks no device."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
