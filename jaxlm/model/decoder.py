@@ -1,5 +1,6 @@
 """The decoder as pure functions of a parameter tree. Flax Linen stays inside this package."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -7,12 +8,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxlm.core.mesh import BATCH, constrain
+from jaxlm.core.mesh import constrain
 from jaxlm.model.attention import attention
 from jaxlm.model.cache import Cache, reserve
 from jaxlm.model.config import ComputeConfig, ModelConfig
 from jaxlm.model.layers import MLP, PRODUCT, Embedding, Linear, RMSNorm, rope_tables, rotate
-from jaxlm.model.partition import HEADS
+from jaxlm.model.partition import activations
 
 # What a layer keeps for its backward pass: `dots` the results of all products, `dots_no_batch` of those with weights,
 # and not of attention. None keeps everything, without `jax.checkpoint`.
@@ -58,10 +59,11 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, cache, layer, context):
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
+        layout = activations(cache is not None, "tensor")
 
         def heads(name: str, count: int) -> jax.Array:
             y = Linear((c.d_model,), (count, c.head_dim), c.init_std, dtype, c.qkv_bias, name=name)(x_BTD)
-            return constrain(y, HEADS)
+            return constrain(y, layout)
 
         q_BTNH = heads("query", c.num_heads)
         k_BTKH, v_BTKH = heads("key", c.num_kv_heads), heads("value", c.num_kv_heads)
@@ -80,7 +82,7 @@ class SelfAttention(nn.Module):
             q_offset=0 if context.offset is None else context.offset, window=c.window,
             backend=self.compute.attention, query_chunk=self.compute.query_chunk)
         out = Linear((c.num_heads, c.head_dim), (c.d_model,), c.init_std, dtype, name="out")
-        return out(constrain(y_BTNH, HEADS)), cache
+        return out(constrain(y_BTNH, layout)), cache
 
 
 class Block(nn.Module):
@@ -93,11 +95,13 @@ class Block(nn.Module):
     def __call__(self, carry, layer, context):
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
         x_BTD, cache = carry
+        decoding = cache is not None
         y_BTD = RMSNorm(c.norm_eps, c.norm_offset, dtype, name="attention_norm")(x_BTD)
         y_BTD, cache = SelfAttention(c, self.compute, name="attention")(y_BTD, cache, layer, context)
         x_BTD = x_BTD + y_BTD
         y_BTD = RMSNorm(c.norm_eps, c.norm_offset, dtype, name="mlp_norm")(x_BTD)
-        x_BTD = constrain(x_BTD + MLP(c, dtype, name="mlp")(y_BTD), BATCH)
+        y_BTD = MLP(c, dtype, activations(decoding, "tensor"), name="mlp")(y_BTD)
+        x_BTD = constrain(x_BTD + y_BTD, activations(decoding))
         return (x_BTD, cache), None
 
 
@@ -111,7 +115,7 @@ class Decoder(nn.Module):
     def __call__(self, tokens_BT, cache, context):
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
         embed = Embedding(c.vocab_size, c.d_model, c.init_std, dtype, name="embed")
-        x_BTD = constrain(embed(tokens_BT), BATCH)
+        x_BTD = constrain(embed(tokens_BT), activations(cache is not None))
         if c.scale_embeddings:
             x_BTD = x_BTD * jnp.asarray(c.d_model**0.5, dtype)
         policy = REMAT_POLICIES[self.compute.remat]
@@ -135,8 +139,9 @@ class Model:
         """Float32 parameters: kernels and embedding N(0, init_std), norms identity, biases 0. May be jitted."""
         c = self.config
         body, head = jax.random.split(key)
-        # One row per device of the context's mesh: the sharding constraints on activations must divide.
-        tokens_BT = jnp.zeros((max(1, jax.sharding.get_abstract_mesh().size), 1), jnp.int32)
+        # One token per device of the context's mesh, both ways: the sharding constraints on activations must divide.
+        size = max(1, jax.sharding.get_abstract_mesh().size)
+        tokens_BT = jnp.zeros((size, size), jnp.int32)
         context = Context(*rope_tables(tokens_BT, c), None, None, None, None, None)
         params = Decoder(c, ComputeConfig()).init(body, tokens_BT, None, context)["params"]
         if not c.tie_embeddings:
@@ -194,6 +199,14 @@ class Model:
             if x is not None and (x.shape != tokens.shape or not jnp.issubdtype(x.dtype, jnp.integer)):
                 raise ValueError(
                     f"{name} must be integers of the tokens' shape {tokens.shape}, got {x.dtype} of shape {x.shape}")
+        mesh = jax.sharding.get_abstract_mesh()
+        if not mesh.empty:
+            for size, axes in zip(tokens.shape, activations(cache is not None), strict=True):
+                axes = (axes,) if isinstance(axes, str) else axes or ()
+                parts = math.prod(mesh.shape[axis] for axis in axes)
+                if size % parts:
+                    raise ValueError(f"tokens of shape {tokens.shape} cannot be split: {size} does not divide by "
+                                     f"{parts} (mesh axes {', '.join(axes)})")
         if positions is None and tokens.shape[1] > c.max_positions:
             raise ValueError(
                 f"{tokens.shape[1]} tokens are more than max_positions {c.max_positions}: shorten the rows, raise "

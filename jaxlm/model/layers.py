@@ -87,6 +87,7 @@ class MLP(nn.Module):
 
     config: ModelConfig
     dtype: jnp.dtype
+    layout: P  # of the hidden activations, [B, T, F]
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -94,7 +95,7 @@ class MLP(nn.Module):
         gate_BTF = Linear((c.d_model,), (c.d_ff,), c.init_std, self.dtype, name="gate")(x_BTD)
         up_BTF = Linear((c.d_model,), (c.d_ff,), c.init_std, self.dtype, name="up")(x_BTD)
         h_BTF = ACTIVATIONS[c.activation](gate_BTF) * up_BTF
-        h_BTF = constrain(h_BTF, P(("data", "fsdp"), None, "tensor"))
+        h_BTF = constrain(h_BTF, self.layout)
         return Linear((c.d_ff,), (c.d_model,), c.init_std, self.dtype, name="down")(h_BTF)
 
 

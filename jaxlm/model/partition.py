@@ -6,9 +6,18 @@ of the stacked parameters is never split: the scan slices it. For `jaxlm.core.me
 
 from jax.sharding import PartitionSpec as P
 
-from jaxlm.core.mesh import Rules
+from jaxlm.core.mesh import BATCH, ROWS, Rules
 
-HEADS = P(("data", "fsdp"), None, "tensor", None)  # of activations with heads, [B, T, N or K, H]
+HEADS = P(*BATCH, "tensor", None)  # activations with heads, [B, T, N or K, H]
+
+
+def activations(decoding: bool, *rest: str | None) -> P:
+    """The layout of activations [B, T, *rest].
+
+    Decoding takes one token at a time, which cannot be split: there the `context` axis splits rows as well.
+    """
+    return P((*ROWS, "context"), None, *rest) if decoding else P(*BATCH, *rest)
+
 
 # Matched at the end of a path, so that the moments of an optimizer are split like their parameters.
 PARAM_RULES: Rules = (
