@@ -266,8 +266,9 @@ def mesh_batch():
 
 
 @pytest.mark.parametrize("sizes", [
-    {"data": 8}, {"fsdp": 8}, {"tensor": 2, "context": 4}, {"context": 8}, {"data": 4, "fsdp": 2}, {"fsdp": 2, "tensor": 4},
-    {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "tensor": 2, "context": 2}, {"fsdp": 4, "context": 2}])
+    {"data": 8}, {"fsdp": 8}, {"context": 8}, {"tensor": 2, "context": 4}, {"data": 4, "fsdp": 2},
+    {"fsdp": 2, "tensor": 4}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "tensor": 2, "context": 2},
+    {"fsdp": 4, "context": 2}])
 def test_eight_devices_equal_one(sizes):
     """Loss and every gradient, float32; see `close` for the tolerance."""
     mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}))
