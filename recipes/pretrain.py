@@ -11,6 +11,7 @@ Results and exact commands: docs/results.md. Left out: KORMo's data and the stag
 """
 
 import contextlib
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -23,16 +24,18 @@ import optax
 from jax.sharding import Mesh
 
 from jaxlm.core import config as flags
+from jaxlm.core import distributed
 from jaxlm.core.batch import LMBatch
+from jaxlm.core.distributed import DistributedConfig, agree, barrier, is_primary
 from jaxlm.core.log import MetricLog, human_count, setup_logging
 from jaxlm.core.masked import Mean, aggregate
-from jaxlm.core.mesh import MeshConfig, make_mesh
+from jaxlm.core.mesh import MeshConfig, data_shard, make_mesh
 from jaxlm.core.rng import derive
 from jaxlm.core.tree import count_parameters
 from jaxlm.data.examples import excluded_ids
-from jaxlm.data.pipeline import Batches, PipelineConfig, make_pipeline
+from jaxlm.data.pipeline import Batches, PipelineConfig, make_pipeline, resolve_shards
 from jaxlm.data.sources import open_source, parse_source
-from jaxlm.data.tokenizer import check_vocabulary, save_tokenizer, tokenizer_from_files
+from jaxlm.data.tokenizer import Tokenizer, check_vocabulary, save_tokenizer, tokenizer_from_files
 from jaxlm.data.tokenizer_training import TokenizerConfig, make_tokenizer
 from jaxlm.eval.held_out import Evaluation, make_evaluation
 from jaxlm.model.attention import resolve_backend
@@ -49,7 +52,7 @@ from jaxlm.train.checkpoint import CheckpointConfig, Checkpointer, saved_run
 from jaxlm.train.curves import plot_curves
 from jaxlm.train.folder import check_folder, check_resumable, clear_folder
 from jaxlm.train.loop import LoopConfig, NonFiniteError, fit
-from jaxlm.train.measure import peak_flops
+from jaxlm.train.measure import Ledger, peak_flops
 from jaxlm.train.state import TrainState, abstract_state, init_state, place_leaf, state_of
 from jaxlm.train.step import Loss, check_batch, make_step
 
@@ -69,6 +72,18 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """What the model writes at every evaluation."""
+
+    prompts: tuple[str, ...] = ("일본의 통화는", "독일어는", "The currency of Japan is", "In Korean, Germany")
+    tokens: int = 32           # greedy tokens after each prompt
+
+    def __post_init__(self):
+        if self.tokens < 1 or not self.prompts:
+            raise ValueError("evaluation needs samples.prompts and samples.tokens, at least one of each")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """One pretraining run."""
 
@@ -79,13 +94,13 @@ class Config:
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     accumulate: int = 1        # micro-batches per step
     z_loss: float = 0.0        # weight of log(Z)^2 per token
     loss_chunks: int = 1       # parts of a row whose logits exist at once
-    prompts: tuple[str, ...] = ("일본의 통화는", "독일어는", "The currency of Japan is", "In Korean, Germany")
-    sample_tokens: int = 32    # greedy tokens after each prompt
+    samples: SampleConfig = field(default_factory=SampleConfig)
     seed: int = 42
     init_from: str = ""        # start from the weights of a Hugging Face folder, and take its model configuration
     folder: Path = Path("runs/pretrain")
@@ -149,26 +164,25 @@ def check(config: Config, mesh: Mesh) -> None:
     """ValueError for settings that do not fit together."""
     attention_backend(config)
     check_batch(config.pipeline.batch_size, config.accumulate, mesh)
-    if config.pipeline.seq_len > config.model.max_positions:
-        raise ValueError(f"pipeline.seq_len {config.pipeline.seq_len} exceeds model.max_positions "
-                         f"{config.model.max_positions}")
-    if config.loss_chunks < 1 or config.pipeline.seq_len % config.loss_chunks:
-        raise ValueError(f"loss_chunks {config.loss_chunks} does not divide pipeline.seq_len {config.pipeline.seq_len}")
-    if config.sample_tokens < 1 or not config.prompts or not config.data.held_out:
-        raise ValueError("evaluation needs prompts, data.held_out and sample_tokens, at least one of each")
-    if jax.process_count() > 1:
-        raise ValueError(f"{jax.process_count()} processes: training on several hosts is not supported yet")
+    seq_len, context = config.pipeline.seq_len, mesh.shape["context"]
+    if seq_len > config.model.max_positions:
+        raise ValueError(f"pipeline.seq_len {seq_len} exceeds model.max_positions {config.model.max_positions}")
+    if config.loss_chunks < 1 or seq_len % (config.loss_chunks * context):
+        raise ValueError(f"loss_chunks {config.loss_chunks} times mesh.context {context} does not divide "
+                         f"pipeline.seq_len {seq_len}")
+    if not config.data.held_out:
+        raise ValueError("evaluation needs data.held_out, at least one source")
 
 
 class Prepared(NamedTuple):
     """What `prepare` has checked and opened."""
 
-    config: Config  # with the model of `init_from`
+    config: Config  # with the model of `init_from` and the number of data shards
     mesh: Mesh
     model: Model
     tx: optax.GradientTransformation
     params: Any     # of `init_from`, or None
-    checkpointer: Checkpointer
+    tokenizer: Tokenizer
     batches: Batches
     evaluate: Evaluation
 
@@ -193,8 +207,29 @@ def adopt_model(config: Config) -> Config:
     return replace(config, model=model)
 
 
+def resumed(config: Config) -> tuple[Config, dict[str, bytes]]:
+    """What the run in `config.folder` fixes, in place of what was not asked for; the files of its tokenizer."""
+    saved, files = saved_run(config.folder)
+    saved = flags.from_json(Config, saved)
+    if config.init_from:
+        config = replace(config, model=saved.model)
+    if not config.pipeline.shards:
+        config = replace(config, pipeline=replace(config.pipeline, shards=saved.pipeline.shards))
+    check_resumable(saved, lasting(config), fixed=(
+        "model", "data", "tokenizer", "pipeline", "accumulate", "seed", "init_from"), ignored=("folder",))
+    return config, files
+
+
+def lasting(config: Config) -> Config:
+    """The part of a configuration that describes the run, not this start of it."""
+    return replace(config, resume=False, overwrite=False, distributed=DistributedConfig())
+
+
 def prepare(config: Config) -> Prepared:
-    """Everything that can fail for reasons of the user, before a parameter is allocated: ValueError."""
+    """Everything that can fail for reasons of the user, before a parameter is allocated: ValueError.
+
+    Every process does this by itself; nothing is written.
+    """
     check_folder(config.folder, resume=config.resume, overwrite=config.overwrite)
     config = adopt_model(config)
     data = config.data
@@ -204,14 +239,10 @@ def prepare(config: Config) -> Prepared:
             raise ValueError(f"data.held_out {path.path}: weight has an effect on training sources only")
     mesh = make_mesh(config.mesh)
     check(config, mesh)
-    started = replace(config, resume=False, overwrite=False)
     if config.resume:
-        saved, files = saved_run(config.folder)
-        saved = flags.from_json(Config, saved)
-        if config.init_from:
-            config, started = replace(config, model=saved.model), replace(started, model=saved.model)
-        check_resumable(saved, started, fixed=(
-            "model", "data", "tokenizer", "pipeline", "accumulate", "seed", "init_from"), ignored=("folder",))
+        config, files = resumed(config)
+    loader, loaders = data_shard(mesh)
+    config = replace(config, pipeline=resolve_shards(config.pipeline, loaders))
     sources, held_out = ([open_source(path, max_bad_rows=data.max_bad_rows) for path in paths]
                          for paths in (paths, held_out_paths))
     tokenizer = (tokenizer_from_files(files) if config.resume else
@@ -219,7 +250,7 @@ def prepare(config: Config) -> Prepared:
     check_vocabulary(tokenizer, config.model.vocab_size)
     excluded = excluded_ids(tokenizer, data.never_predict)
     batches = make_pipeline(sources, tokenizer, config.pipeline, excluded=excluded, seed=config.seed,
-                            process_index=jax.process_index(), process_count=jax.process_count())
+                            loader=loader, loaders=loaders)
     for source in (*sources, *held_out):
         log.info("%s: %d documents, weight %g, dropped: %s", source.config.path, len(source), source.config.weight,
                  ", ".join(f"{count} {reason}" for reason, count in source.dropped.items()))
@@ -228,27 +259,42 @@ def prepare(config: Config) -> Prepared:
     loss = make_loss(model, chunks=config.loss_chunks)
     evaluate = make_evaluation(
         jax.jit(lambda params, batch: loss(params, batch, None)[1]["loss"]), model, tokenizer, held_out,
-        prompts=config.prompts, max_new_tokens=config.sample_tokens, seq_len=config.pipeline.seq_len,
+        prompts=config.samples.prompts, max_new_tokens=config.samples.tokens, seq_len=config.pipeline.seq_len,
         batch_size=config.pipeline.batch_size // config.accumulate, mesh=mesh)
     tx = make_optimizer(config.optim, config.loop.steps)
     abstract_state(model.init, tx, mesh, PARAM_RULES)  # the mesh must divide every parameter
     params = None
     if config.init_from and not config.resume:
         params = load_hf(config.init_from, put=partial(place_leaf, mesh=mesh, rules=PARAM_RULES))[1]
-    if not config.resume:  # from here on the old run is gone
+    return Prepared(config, mesh, model, tx, params, tokenizer, batches, evaluate)
+
+
+def prepare_together(config: Config) -> Prepared:
+    """`prepare` in every process; all go on, or none. A new run's folder is made here: from here on the old is gone."""
+    run, error = None, None
+    try:
+        run = prepare(config)
+    except (ValueError, OSError) as caught:
+        error = caught
+    facts = {} if run is None else {
+        "configuration": json.dumps(flags.to_json(lasting(run.config))), "tokenizer": run.tokenizer.fingerprint(),
+        "data": json.dumps([source.fingerprint() for source in run.batches.sources])}
+    agree(error, **facts)
+    if is_primary() and not config.resume:
         clear_folder(config.folder)
-        save_tokenizer(tokenizer, config.folder / "tokenizer")
-        flags.save_config(started, config.folder / "config.json")
-    checkpointer = Checkpointer(config.folder, config.checkpoint, flags.to_json(started), tokenizer.files())
-    return Prepared(config, mesh, model, tx, params, checkpointer, batches, evaluate)
+        save_tokenizer(run.tokenizer, config.folder / "tokenizer")
+        flags.save_config(lasting(run.config), config.folder / "config.json")
+    barrier("folder")
+    return run
 
 
-def start(run: Prepared) -> TrainState:
+def start(run: Prepared, checkpointer: Checkpointer) -> TrainState:
     """The state to train from: the newest checkpoint, given weights, or random ones."""
     config, mesh, model, tx = run[:4]
     if config.resume:
-        state = run.checkpointer.restore(abstract_state(model.init, tx, mesh, PARAM_RULES), run.batches)
-        flags.save_config(replace(config, resume=False), config.folder / "config.json")
+        state = checkpointer.restore(abstract_state(model.init, tx, mesh, PARAM_RULES), run.batches)
+        if is_primary():
+            flags.save_config(lasting(config), config.folder / "config.json")
         log.info("resumed at step %d", int(state.step))
         return state
     if run.params is not None:
@@ -256,38 +302,47 @@ def start(run: Prepared) -> TrainState:
     return init_state(model.init, tx, derive(config.seed, "init"), mesh, PARAM_RULES)
 
 
-def train(run: Prepared) -> None:
+def train(run: Prepared, ledger: Ledger) -> None:
     """Runs to the end, or to a signal."""
     config, mesh, model, tx = run[:4]
     schedule = make_schedule(config.optim.schedule, config.optim.lr, config.loop.steps)
     loss = make_loss(model, z_loss=config.z_loss, chunks=config.loss_chunks)
     step = make_step(loss, tx, schedule, mesh=mesh, rules=PARAM_RULES, accumulate=config.accumulate, seed=config.seed)
-    state = start(run)
+    checkpointer = Checkpointer(
+        config.folder, config.checkpoint, flags.to_json(lasting(config)), run.tokenizer.files())
+    state = start(run, checkpointer)
     peak, peak_text = peak_flops(config.compute.dtype)
     per_token = flops_per_token(config.model, config.pipeline.seq_len)
-    log.info("%s parameters, %s tokens a batch, mesh %s", human_count(count_parameters(state.params)),
-             human_count(config.pipeline.batch_size * config.pipeline.seq_len), dict(mesh.shape))
+    log.info("%s parameters, %s tokens a batch, mesh %s, %d processes, %d data shards",
+             human_count(count_parameters(state.params)),
+             human_count(config.pipeline.batch_size * config.pipeline.seq_len), dict(mesh.shape), jax.process_count(),
+             config.pipeline.shards)
     log.info("%s attention in %s; MFU: %s FLOPs a token, peak %s", attention_backend(config), config.compute.dtype,
              human_count(per_token), peak_text)
     with contextlib.ExitStack() as stack:
-        metric_log = MetricLog(config.folder)
-        for part in (run.batches, metric_log, run.checkpointer):
+        metric_log = MetricLog(config.folder, active=is_primary())
+        for part in (run.batches, metric_log, checkpointer):
             stack.callback(part.close)
-        fit(state, step, run.batches, mesh=mesh, config=config.loop, checkpointer=run.checkpointer,
-            metric_log=metric_log, flops_ratio=per_token / (peak * mesh.size), evaluate=run.evaluate)
+        fit(state, step, run.batches, mesh=mesh, config=config.loop, checkpointer=checkpointer, metric_log=metric_log,
+            ledger=ledger, flops_ratio=per_token / (peak * mesh.size), evaluate=run.evaluate)
     log.info("data: %s", ", ".join(f"{name} {value:.3g}" for name, value in run.batches.stats().items()))
-    plot_curves(config.folder / "metrics.jsonl", config.folder / "curves.png")
+    if is_primary():
+        plot_curves(config.folder / "metrics.jsonl", config.folder / "curves.png")
     log.info("run folder: %s", config.folder)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    setup_logging()
+    ledger = Ledger()
     config = flags.parse(PRESETS, argv, prog=PROG, description=__doc__)
     try:
-        train(prepare(config))
+        distributed.start(config.distributed)
+        setup_logging(jax.process_index())
+        train(prepare_together(config), ledger)
     except (ValueError, OSError, NonFiniteError) as error:
         flags.fail(error, PROG)
+    finally:
+        ledger.close()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
 """Checkpoints: whole or absent, exact, with data position, configuration and tokenizer beside the state."""
 
 import gc
+import json
+import re
 import resource
+import shutil
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +15,14 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.core.mesh import MeshConfig, make_mesh
-from jaxlm.train.checkpoint import CheckpointConfig, Checkpointer, CheckpointError, saved_params, saved_run
+from jaxlm.train.checkpoint import (
+    CheckpointConfig,
+    Checkpointer,
+    CheckpointError,
+    saved_params,
+    saved_run,
+    saved_steps,
+)
 from jaxlm.train.state import abstract_state, init_state
 
 RULES = [("w$", P("fsdp", "tensor"))]
@@ -130,10 +141,67 @@ def test_full_disk(tmp_path, no_big_files):
 
 
 def test_nothing_to_resume(tmp_path):
-    checkpointer = open_run(tmp_path)
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
-        checkpointer.latest_step()
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint in .*checkpoints; start again with --overwrite"):
+        saved_steps(tmp_path / "checkpoints")
+
+
+def damage(path, how):
+    content = bytearray(path.read_bytes())
+    if how == "deleted":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2] ^= 0x10
+        path.write_bytes(content)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning")  # as above
+@pytest.mark.parametrize("how", ["flipped", "truncated", "deleted"])
+def test_damage_to_any_file_is_noticed_or_harmless(tmp_path, caplog, how):
+    """Every file of the newest checkpoint in turn: what comes back is exactly the newest state or the one before."""
+    abstract = abstract_state(init, TX, make_mesh(MeshConfig()), RULES)
+    checkpointer = open_run(tmp_path / "good")
+    states = {1: new(1), 2: new(2)}
+    for step, state in states.items():
+        checkpointer.save(state, Data(step))
     checkpointer.close()
+    newest, used = tmp_path / "good/checkpoints/2", {1: [], 2: []}
+    for path in sorted(path.relative_to(newest) for path in newest.rglob("*") if path.is_file()):
+        run = tmp_path / "bad"
+        shutil.copytree(tmp_path / "good", run)
+        damage(run / "checkpoints/2" / path, how)
+        caplog.clear()
+        checkpointer, data = open_run(run), Data()
+        restored = checkpointer.restore(abstract, data)
+        step = int(restored.step)
+        assert equal(restored, states[step]) and data.position == step, path
+        assert (run / "checkpoints/2.unusable").exists() == (step == 1)
+        if step == 1:
+            assert "2 cannot be used" in caplog.text and "goes on from step 1" in caplog.text
+            checkpointer.save(states[2], Data(2))  # the run comes to this step again
+            checkpointer.wait()
+            assert equal(checkpointer.restore(abstract, data), states[2])
+        checkpointer.close()
+        used[step].append(str(path))
+        shutil.rmtree(run)
+    # The arrays themselves, and the position; orbax has copies of some of its metadata and needs none of the rest.
+    assert any("/d/" in path for path in used[1]) and "data/position.json" in used[1]
+    gc.collect()
+
+
+def test_damaged_parameters_are_not_exported(tmp_path):
+    checkpointer = open_run(tmp_path)
+    checkpointer.save(new(1), Data(1))
+    checkpointer.close()
+    folder = tmp_path / "checkpoints/1/digest"
+    changed = re.sub(rb'"params/w": \d+', b'"params/w": 1', (folder / "digest.json").read_bytes())
+    (folder / "digest.json").write_bytes(changed)
+    with pytest.raises(CheckpointError, match=r"digest\.json is damaged"):
+        saved_params(tmp_path, jax.eval_shape(init, jax.random.key(0)))
+    (folder / "crc32_0.json").write_text(json.dumps({"digest.json": zlib.crc32(changed)}))
+    with pytest.raises(CheckpointError, match="1 of 1 arrays are damaged, the first is params/w"):
+        saved_params(tmp_path, jax.eval_shape(init, jax.random.key(0)))
 
 
 def test_config_errors():

@@ -14,7 +14,7 @@ from recipes import convert, pretrain
 
 SMALL = ["--model.vocab-size", "300", "--model.d-model", "32", "--model.num-layers", "2", "--model.num-heads", "2",
          "--model.num-kv-heads", "1", "--model.head-dim", "16", "--model.d-ff", "48", "--model.init-std", "0.2"]
-RUN = ["--pipeline.batch-size", "8", "--pipeline.seq-len", "32", "--sample-tokens", "2", "--loop.steps", "2",
+RUN = ["--pipeline.batch-size", "8", "--pipeline.seq-len", "32", "--samples.tokens", "2", "--loop.steps", "2",
        "--loop.log-every", "1", "--data.path", "sample:ko?documents=30", "--data.held-out",
        "sample:en?documents=2&split=held_out"]
 

@@ -89,15 +89,43 @@ def test_each_epoch_shows_each_document_once_in_another_order(tmp_path):
     assert pipeline.stats()["epoch/numbers"] == 3.0
 
 
-def test_processes_see_disjoint_documents(tmp_path):
-    source = write(tmp_path, "numbers", [f"{i:02d}" for i in range(40)])
-    config = PipelineConfig(batch_size=2, seq_len=79)
+@pytest.mark.parametrize("shards", [0, 4])
+def test_processes_load_disjoint_documents(tmp_path, shards):
+    source = write(tmp_path, "numbers", [f"{i:02d}" for i in range(80)])
+    config = PipelineConfig(batch_size=4, seq_len=79, shards=shards)
     parts = []
-    for process in range(2):
-        batch = next(make_pipeline([source], TOKENIZER, config, process_index=process, process_count=2))
-        ids = [*batch.tokens[0].tolist(), int(batch.targets[0, -1])]
-        parts.append({TOKENIZER.decode(ids[i + 1 : i + 3]) for i in range(0, 80, 4)})
-    assert len(parts[0]) == len(parts[1]) == 20 and not parts[0] & parts[1]
+    for loader in range(2):
+        batch = next(make_pipeline([source], TOKENIZER, config, loader=loader, loaders=2))
+        ids = np.concatenate([batch.tokens, batch.targets[:, -1:]], axis=1)
+        parts.append([TOKENIZER.decode(row[i + 1 : i + 3]) for row in ids.tolist() for i in range(0, 80, 4)])
+    assert len(parts[0]) == len(parts[1]) == 40 and not set(parts[0]) & set(parts[1])
+    if shards:  # each shard holds a quarter of the epoch, so two of its rows repeat none of its documents
+        assert len(set(parts[0])) == len(set(parts[1])) == 40
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (4, 2)])
+def test_another_number_of_processes_continues_the_same_batches(sources, before, after):
+    config = PipelineConfig(batch_size=8, seq_len=48, shards=4)
+
+    def load(loaders, count, states=None):
+        """Global batches of all processes together, and their joint state."""
+        pipelines = [make_pipeline(sources, TOKENIZER, config, seed=3, loader=i, loaders=loaders)
+                     for i in range(loaders)]
+        for pipeline in pipelines if states else ():
+            pipeline.set_state(states)
+        batches = [[np.concatenate(leaf) for leaf in zip(*parts, strict=True)]
+                   for parts in zip(*(take(pipeline, count) for pipeline in pipelines), strict=True)]
+        merged = {}
+        for pipeline in pipelines:
+            state = json.loads(json.dumps(pipeline.get_state()))
+            assert not merged.keys() & state.keys()
+            merged |= state
+        return batches, merged
+
+    whole, _ = load(1, 9)
+    first, states = load(before, 4)
+    rest, _ = load(after, 5, states)
+    assert same(first + rest, whole) and len(states) == 4
 
 
 def test_seed_changes_the_order_and_only_the_seed(sources):
@@ -114,8 +142,12 @@ def test_padding_is_reported(sources):
 
 
 def test_errors(sources):
-    with pytest.raises(ValueError, match="5 does not divide over 2 processes"):
-        make_pipeline(sources, TOKENIZER, PipelineConfig(batch_size=5), process_count=2)
+    with pytest.raises(ValueError, match=r"pipeline.batch_size 5 does not divide over pipeline.shards 2"):
+        make_pipeline(sources, TOKENIZER, PipelineConfig(batch_size=5), loaders=2)
+    with pytest.raises(ValueError, match=r"4 processes cannot share pipeline.shards 2; use a number .* divides 2"):
+        make_pipeline(sources, TOKENIZER, PipelineConfig(shards=2), loaders=4)
+    with pytest.raises(ValueError, match="no position for shard_1"):
+        make_pipeline(sources, TOKENIZER, PipelineConfig(shards=2)).set_state({"shard_0": {}})
     with pytest.raises(ValueError, match="same name"):
         make_pipeline([sources[0], sources[0]], TOKENIZER, PipelineConfig())
     with pytest.raises(ValueError, match="must be positive"):

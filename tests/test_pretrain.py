@@ -2,8 +2,8 @@
 
 import gzip
 import json
+import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +29,7 @@ from recipes.pretrain import PRESETS, Config, check, main, make_loss
 
 TINY = ["--model.vocab-size", "300", "--model.d-model", "32", "--model.num-layers", "2", "--model.num-heads", "2",
         "--model.num-kv-heads", "1", "--model.head-dim", "16", "--model.d-ff", "48", "--tokenizer.path", "bytes",
-        "--pipeline.batch-size", "16", "--pipeline.seq-len", "48", "--accumulate", "2", "--sample-tokens", "3",
+        "--pipeline.batch-size", "16", "--pipeline.seq-len", "48", "--accumulate", "2", "--samples.tokens", "3",
         "--loop.log-every", "1"]
 
 
@@ -144,13 +144,17 @@ def test_wrong_flags_and_data(tmp_path, corpus, capfd):
         "no such file": ["--data.path", str(tmp_path / "missing.jsonl")],
         "vocabulary": ["--model.vocab-size", "100"],
         "seq_len 4096 exceeds model.max_positions 2048": ["--pipeline.seq-len", "4096"],
-        "loss_chunks 5 does not divide": ["--loss-chunks", "5"],
+        "loss_chunks 5 times mesh.context 1 does not divide pipeline.seq_len 48": ["--loss-chunks", "5"],
         "batch size 12 does not divide into 2 micro-batches on 8 devices; use a multiple of 16": [
             "--pipeline.batch-size", "12"],
-        "needs 24 devices, but 8 are here": ["--mesh.data", "3", "--mesh.tensor", "8"],
+        "need 24 devices, but 8 are here; set one axis to -1": ["--mesh.data", "3", "--mesh.tensor", "8"],
         "attention backend 'splash'": ["--compute.attention", "splash"],
         "num_heads 2 is not divisible by num_kv_heads 3": ["--model.num-kv-heads", "3"],
-        "cannot be split: 1 does not divide by 2": ["--mesh.tensor", "2"],
+        r"layers/attention/key/kernel' .* cannot be split: dimension 2 of size 1 does not divide by 2 "
+        r"\(mesh axes tensor\); 1 would": ["--mesh.tensor", "2"],
+        "mesh axes fsdp 3, context 1, tensor 1 take 3 devices, which do not divide the 8": ["--mesh.fsdp", "3"],
+        "loss_chunks 8 times mesh.context 4 does not divide": ["--mesh.context", "4", "--loss-chunks", "8"],
+        "batch_size 16 does not divide over pipeline.shards 3": ["--pipeline.shards", "3"],
         "saves nothing when scan_unroll 2": ["--compute.remat", "full", "--compute.scan-unroll", "2"],
         "symbols have an effect with tokenizer.path train only": ["--tokenizer.symbols", "<x>"],
         "num_bins has no effect with packing concat": ["--pipeline.num-bins", "4"],
@@ -209,22 +213,34 @@ def test_data_that_changed_is_noticed_on_resume(tmp_path, corpus, capfd):
         capfd, *run, "--resume", "--loop.steps", "4")
 
 
-def test_a_damaged_checkpoint_is_named_and_the_older_one_serves(tmp_path, corpus, capfd):
+def test_a_damaged_checkpoint_is_set_aside_and_the_older_one_serves(tmp_path, corpus, capfd):
     run = flags(tmp_path / "run", corpus, 4)
     main(run)
-    newest = tmp_path / "run/checkpoints/4"
-    (newest / "data/metadata").write_text("{")
-    err = refused(capfd, *run, "--resume", "--loop.steps", "5")
-    assert "checkpoints/4 cannot be used" in err and "delete it to resume from step 2" in err
-    shutil.rmtree(newest)
+    whole = losses(tmp_path / "run")
+    (tmp_path / "run/checkpoints/4/data/shard_0.json").write_text("{")
+    capfd.readouterr()
     main([*run, "--resume", "--loop.steps", "5"])
-    assert max(losses(tmp_path / "run")) == 5
+    err = capfd.readouterr().err
+    assert re.search(r"WARNING checkpoint .*checkpoints/4 cannot be used: .*now called 4\.unusable.* from step 2", err)
+    assert {name for name in os.listdir(tmp_path / "run/checkpoints") if name[0].isdigit()} == {
+        "4", "5", "4.unusable"}
+    assert losses(tmp_path / "run") == whole | {5: losses(tmp_path / "run")[5]}
+
+
+def test_no_usable_checkpoint(tmp_path, corpus, capfd):
+    run = flags(tmp_path / "run", corpus, 4)
+    main(run)
+    for step in (2, 4):
+        (tmp_path / f"run/checkpoints/{step}/digest/digest.json").write_text("{}")
+    err = refused(capfd, *run, "--resume", "--loop.steps", "5")
+    assert "checkpoints/4 cannot be used" in err and "nor can 2" in err
+    assert {"2", "4"} <= set(os.listdir(tmp_path / "run/checkpoints"))  # nothing was renamed
 
 
 def test_presets_are_complete():
     for name, config in PRESETS.items():
         assert from_json(Config, to_json(config)) == config, name
-        mesh = AbstractMesh((1, 8, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+        mesh = AbstractMesh((1, 8, 1, 1), AXES, axis_types=(AxisType.Auto,) * 4)
         check(config, mesh)
     assert PRESETS["kormo_10b"].model.vocab_size == 125_184
 
@@ -272,10 +288,12 @@ def test_micro_batches_change_nothing(one_device, accumulate):
     close(train_steps(make_mesh(MeshConfig(), jax.devices()[:1]), accumulate), one_device)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 4, 2)])
+@pytest.mark.parametrize("sizes", [
+    {"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "context": 2, "tensor": 2},
+    {"data": 2, "context": 4}])
 def test_devices_change_nothing(one_device, sizes):
-    mesh = make_mesh(MeshConfig(**dict(zip(AXES, sizes, strict=True))))
-    close(train_steps(mesh, accumulate=2), one_device)
+    mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}))
+    close(train_steps(mesh, accumulate=2, chunks=2), one_device)
 
 
 def test_chunks_and_remat_change_nothing(one_device):

@@ -18,18 +18,22 @@ from tensorboard.summary import Writer
 log = logging.getLogger(__name__)
 
 
-def setup_logging() -> None:
-    """Sends the log of this package to standard error: coloured on a terminal, plain lines in a file."""
+def setup_logging(process: int = 0) -> None:
+    """Sends the log of this package to standard error: coloured on a terminal, plain lines in a file.
+
+    Of several processes only the first one says what all of them do; the others name themselves when they warn.
+    """
+    who = f"[process {process}] " if process else ""
     if sys.stderr.isatty():
         handler = RichHandler(console=Console(stderr=True), show_path=False, log_time_format="%H:%M:%S")
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(logging.Formatter(f"{who}%(message)s"))
     else:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {who}%(message)s", "%H:%M:%S"))
     for name in ("jaxlm", "recipes"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(logging.INFO)
+        logger.setLevel(logging.WARNING if process else logging.INFO)
     # Orbax logs pages of tracebacks for an error that it raises as well.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
 
@@ -37,10 +41,14 @@ def setup_logging() -> None:
 class MetricLog:
     """Appends each record to `metrics.jsonl` (flushed line by line) and to TensorBoard event files.
 
-    A run that was killed and resumed writes some steps twice; readers take the last line of a step.
+    A run that was killed and resumed writes some steps twice; readers take the last line of a step. Of several
+    processes one writes: `active` is False in the others.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, active: bool = True) -> None:
+        self._active = active
+        if not active:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         self._file = path.open("a+b")
@@ -52,6 +60,8 @@ class MetricLog:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One record. Values that are not finite are written as null: JSON has no name for them."""
+        if not self._active:
+            return
         finite = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
         line = json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n"
         self._file.write(line.encode())
@@ -62,6 +72,8 @@ class MetricLog:
 
     def close(self) -> None:
         """Flushes and closes both outputs."""
+        if not self._active:
+            return
         self._file.close()
         self._board.close()
 
@@ -82,12 +94,12 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 class ProgressLine:
-    """A live bar on a terminal; elsewhere one plain line per report."""
+    """A live bar on a terminal; elsewhere one plain line per report; nothing at all unless `visible`."""
 
-    def __init__(self, total: int, start: int = 0) -> None:
-        self._total = total
+    def __init__(self, total: int, start: int = 0, visible: bool = True) -> None:
+        self._total, self._visible = total, visible
         self._bar = None
-        if sys.stdout.isatty():
+        if visible and sys.stdout.isatty():
             # On a narrow terminal the numbers are cut at their end; step and bar keep their width.
             fixed = Column(min_width=len(f"step {total}/{total}"), no_wrap=True)
             columns = (TextColumn("step {task.completed}/{task.total}", table_column=fixed),
@@ -101,14 +113,14 @@ class ProgressLine:
         """Shows `text` as the state of the run at `step`."""
         if self._bar:
             self._bar.update(self._task, completed=step, description=text)
-        else:
+        elif self._visible:
             print(f"step {step}/{self._total}  {text}", flush=True)
 
     def say(self, text: str) -> None:
         """A line that stays: an evaluation, a sample, a checkpoint."""
         if self._bar:
             self._bar.console.print(text, markup=False, highlight=False)
-        else:
+        elif self._visible:
             print(text, flush=True)
 
     def close(self) -> None:

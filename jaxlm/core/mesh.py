@@ -21,7 +21,7 @@ from jaxlm.core.tree import path_name
 
 AXES = ("data", "fsdp", "context", "tensor")  # slowest network first: neighbours exchange most
 ROWS = ("data", "fsdp")                       # the axes that split the rows of a batch
-BATCH = P(ROWS, "context")                    # a batch leaf, [B, T]
+BATCH = P(ROWS, "context")                    # a batch leaf, [B, T]; of one without time, [B], its first entry
 
 Rules = Sequence[tuple[str, P]]
 
@@ -138,9 +138,10 @@ def data_shard(mesh: Mesh, process: int | None = None) -> DataShard:
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
     """The rows that this process loaded (its `data_shard`), [B / count, T], as global arrays [B, T]."""
-    sharding, count = NamedSharding(mesh, BATCH), data_shard(mesh).count
+    count = data_shard(mesh).count
 
     def put(leaf: np.ndarray) -> jax.Array:
+        sharding = NamedSharding(mesh, P(*BATCH[: leaf.ndim]))
         shape = (leaf.shape[0] * count, *leaf.shape[1:])
         held = sorted({index[0].indices(shape[0])[:2]
                        for index in sharding.addressable_devices_indices_map(shape).values()})
@@ -159,8 +160,11 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 
 def put_whole(batch: Any, mesh: Mesh) -> Any:
     """A batch [B, T] that every process holds whole, as global arrays; each device takes its part."""
-    sharding = NamedSharding(mesh, BATCH)
-    return jax.tree.map(lambda leaf: jax.make_array_from_callback(leaf.shape, sharding, lambda i: leaf[i]), batch)
+    def put(leaf: np.ndarray) -> jax.Array:
+        sharding = NamedSharding(mesh, P(*BATCH[: leaf.ndim]))
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    return jax.tree.map(put, batch)
 
 
 def constrain(x: jax.Array, spec: P) -> jax.Array:

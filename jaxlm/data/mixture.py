@@ -1,6 +1,6 @@
 """A weighted mixture of endless sources.
 
-Each source is shuffled anew every epoch, split over processes and packed by itself; then rows are mixed. Weights are
+Each source is shuffled anew every epoch, split over data shards and packed by itself; then rows are mixed. Weights are
 therefore shares of rows, that is of tokens, whatever the lengths of the documents.
 """
 
@@ -17,11 +17,11 @@ from jaxlm.data.sources import Source
 
 def stream_rows(
     sources: Sequence[Source], to_example: ToExample, *, packing: Packing, seq_len: int, num_bins: int, seed: int,
-    process_index: int, process_count: int,
+    shard: int, num_shards: int,
 ) -> grain.IterDataset:
     """Endless packed rows with the number of their source, and the number of draws from it so far.
 
-    The documents that a process sees are disjoint from those of the others within an epoch.
+    The documents of a shard are disjoint from those of the others within an epoch.
     """
     # Tokenizing threads beyond the cores only take turns; grain's default is 16.
     reading = grain.ReadOptions(num_threads=2, prefetch_buffer_size=64)
@@ -29,7 +29,7 @@ def stream_rows(
     for number, source in enumerate(sources):
         own_seed = zlib.crc32(f"{seed} {number} {source.name}".encode()) % 2**31  # sources of one length differ
         documents = grain.MapDataset.source(source).shuffle(seed=own_seed).repeat()
-        examples = documents.map_with_index(to_example)[process_index::process_count].to_iter_dataset(reading)
+        examples = documents.map_with_index(to_example)[shard::num_shards].to_iter_dataset(reading)
         rows = pack(examples, packing=packing, seq_len=seq_len, num_bins=num_bins, seed=own_seed)
         streams.append(rows.map(_Account(number)))
     if len(streams) == 1:

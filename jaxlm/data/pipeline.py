@@ -1,10 +1,10 @@
-"""The loader: documents to an endless stream of `LMBatch`, whose position is a small JSON value.
+"""The loader: documents to an endless stream of `LMBatch`, whose position is a small JSON value per data shard.
 
-    sources -> shuffle, repeat -> examples -> pack -> mix -> batch -> (workers) -> LMBatch
+    sources -> shuffle, repeat -> examples -> shard -> pack -> mix -> batch -> (workers) -> LMBatch
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grain
@@ -29,33 +29,44 @@ class PipelineConfig:
     num_bins: int | None = None      # first_fit only: open rows; None is 64
     boundary_targets: bool = False   # KORMo: True
     reset_positions: bool = True     # KORMo: False
-    workers: int = 0                 # loader processes; 0 loads in the training process
+    shards: int = 0                  # parts of the data that are packed by themselves; 0: one per loading process
+    workers: int = 0                 # loader processes per shard; 0 loads in the training process
 
     def __post_init__(self):
-        if min(self.batch_size, self.seq_len, self.num_bins or 1) < 1 or self.workers < 0:
-            raise ValueError("pipeline.batch_size, seq_len and num_bins must be positive, workers not negative")
+        if min(self.batch_size, self.seq_len, self.num_bins or 1) < 1 or min(self.workers, self.shards) < 0:
+            raise ValueError("pipeline.batch_size, seq_len and num_bins must be positive, workers and shards not "
+                             "negative")
+        if self.shards and self.batch_size % self.shards:
+            raise ValueError(f"pipeline.batch_size {self.batch_size} does not divide over pipeline.shards "
+                             f"{self.shards}")
         if self.num_bins and self.packing != "first_fit":
             raise ValueError(f"pipeline.num_bins has no effect with packing {self.packing}")
 
 
 class Batches:
-    """An endless iterator of `LMBatch`. Its state is a JSON value; `set_state` continues bit-identically.
+    """An endless iterator of `LMBatch`: the rows of this process's data shards, one shard after the other.
 
-    A state belongs to one configuration, one list of sources and one number of processes and workers.
+    The state has one JSON value per shard. A shard goes on bit-identically whichever process continues it, so a run
+    may be resumed on any number of processes that divides the number of shards: its batches stay the same.
     """
 
-    def __init__(self, rows: Iterator[Mapping[str, np.ndarray]], sources: Sequence[Source], config: PipelineConfig):
-        self._rows, self._sources, self._config = rows, sources, config
+    def __init__(self, shards: Mapping[str, Iterator[Mapping[str, np.ndarray]]], sources: Sequence[Source],
+                 config: PipelineConfig):
+        self.sources, self._shards, self._config = sources, shards, config
         self._fingerprints = [source.fingerprint() for source in sources]
-        self._draws = np.zeros(len(sources), np.int64)
+        self._draws = {name: np.zeros(len(sources), np.int64) for name in shards}
         self._places = self._padding = self._targets = 0
 
     def __iter__(self) -> "Batches":
         return self
 
     def __next__(self) -> LMBatch:
-        rows = next(self._rows)
-        np.maximum.at(self._draws, rows["source"], rows["draw"].astype(np.int64) + 1)
+        parts = []
+        for name, shard in self._shards.items():
+            rows = next(shard)
+            np.maximum.at(self._draws[name], rows["source"], rows["draw"].astype(np.int64) + 1)
+            parts.append(rows)
+        rows = {field: np.concatenate([part[field] for part in parts]) for field in parts[0]}
         batch = to_inputs(rows, boundary_targets=self._config.boundary_targets,
                           reset_positions=self._config.reset_positions)
         self._places += batch.tokens.size
@@ -64,52 +75,78 @@ class Batches:
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        return {"rows": _to_json(self._rows.get_state()), "draws": self._draws.tolist(), "sources": self._fingerprints}
+        return {name: {"rows": _to_json(shard.get_state()), "draws": self._draws[name].tolist(),
+                       "sources": self._fingerprints} for name, shard in self._shards.items()}
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        for source, then in zip(self._sources, state["sources"], strict=True):
-            if then != source.fingerprint():
-                raise ValueError(f"{source.config.path} is not the data that this run began with; a position in it "
-                                 "means nothing now")
-        self._rows.set_state(_from_json(state["rows"]))
-        self._draws[:] = state["draws"]
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continues at a state that holds at least the shards of this process; ValueError if it is of other data."""
+        missing = self._shards.keys() - state.keys()
+        if missing:
+            raise ValueError(f"it has no position for {', '.join(sorted(missing))} of the data")
+        for name, shard in self._shards.items():
+            for source, then in zip(self.sources, state[name]["sources"], strict=True):
+                if then != source.fingerprint():
+                    raise ValueError(f"{source.config.path} is not the data that this run began with; a position in "
+                                     "it means nothing now")
+            shard.set_state(_from_json(state[name]["rows"]))
+            self._draws[name][:] = state[name]["draws"]
 
     def stats(self) -> dict[str, float]:
-        """Shares of padding and of positions without a target since this process started; epochs of each source."""
+        """Of this process: shares of padding and of positions without a target since its start; epochs of sources."""
         places = max(1, self._places)
         stats = {"padding": self._padding / places, "no_target": 1 - self._targets / places}
-        return stats | {f"epoch/{source.name}": float(draws / len(source))
-                        for source, draws in zip(self._sources, self._draws, strict=True)}
+        draws = np.max(list(self._draws.values()), axis=0)
+        return stats | {f"epoch/{source.name}": float(count / len(source))
+                        for source, count in zip(self.sources, draws, strict=True)}
 
     def close(self) -> None:
         """Stops loader processes and threads."""
-        self._rows.close()
+        for shard in self._shards.values():
+            shard.close()
+
+
+def resolve_shards(config: PipelineConfig, loaders: int) -> PipelineConfig:
+    """The configuration with its number of shards, given how many processes load different rows.
+
+    Raises ValueError when these processes cannot share the shards evenly.
+    """
+    config = replace(config, shards=config.shards or loaders)
+    if config.shards % loaders:
+        raise ValueError(f"{loaders} processes cannot share pipeline.shards {config.shards}; use a number of loading "
+                         f"processes that divides {config.shards}, or start a run with more shards")
+    return config
 
 
 def make_pipeline(
     sources: Sequence[Source], tokenizer: Tokenizer, config: PipelineConfig, *, excluded: tuple[int, ...] = (),
-    seed: int = 0, process_index: int = 0, process_count: int = 1,
+    seed: int = 0, loader: int = 0, loaders: int = 1,
 ) -> Batches:
-    """The training stream of one process: `batch_size / process_count` rows a batch.
+    """The training stream of one process: `batch_size / loaders` rows a batch.
 
     Args:
       sources: mixed by their `config.weight`.
       excluded: ids that are never a target.
+      loader, loaders: which part of every batch this process loads, see `core.mesh.data_shard`.
     """
-    if config.batch_size % process_count:
-        raise ValueError(f"batch_size {config.batch_size} does not divide over {process_count} processes")
+    config = resolve_shards(config, loaders)
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
         raise ValueError(f"two sources have the same name: {', '.join(names)}; give them a name=")
-    rows = stream_rows(
-        sources, ToExample(tokenizer, excluded), packing=config.packing, seq_len=config.seq_len,
-        num_bins=config.num_bins or 64, seed=seed, process_index=process_index, process_count=process_count)
-    rows = rows.batch(config.batch_size // process_count, drop_remainder=True)
-    if config.workers:
-        if not flags.FLAGS.is_parsed():  # grain's workers read absl flags, which only an absl app parses
-            flags.FLAGS.mark_as_parsed()
-        rows = rows.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=4))
-    return Batches(iter(rows), sources, config)
+    if config.workers and not flags.FLAGS.is_parsed():  # grain's workers read absl flags, which only an absl app parses
+        flags.FLAGS.mark_as_parsed()
+    own = config.shards // loaders
+
+    def open_shard(index: int) -> Iterator[Mapping[str, np.ndarray]]:
+        rows = stream_rows(
+            sources, ToExample(tokenizer, excluded), packing=config.packing, seq_len=config.seq_len,
+            num_bins=config.num_bins or 64, seed=seed, shard=index, num_shards=config.shards)
+        rows = rows.batch(config.batch_size // config.shards, drop_remainder=True)
+        if config.workers:
+            rows = rows.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=4))
+        return iter(rows)
+
+    shards = {f"shard_{index}": open_shard(index) for index in range(loader * own, (loader + 1) * own)}
+    return Batches(shards, sources, config)
 
 
 def eval_batches(

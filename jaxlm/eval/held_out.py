@@ -35,8 +35,8 @@ def make_evaluation(
             texts[document.language or source.name].append(document)
     loaded = {language: eval_batches(documents, tokenizer, batch_size=batch_size, seq_len=seq_len)
               for language, documents in sorted(texts.items())}
-    # The prompts, again and again until they fill the devices.
-    count = mesh.shape["data"] * mesh.shape["fsdp"]
+    # The prompts, again and again until they fill the devices; decoding splits rows over every axis but `tensor`.
+    count = mesh.size // mesh.shape["tensor"]
     repeated = [prompts[i % len(prompts)] for i in range(-(-len(prompts) // count) * count)]
     tokens, segments = left_pad([[tokenizer.bos_id, *tokenizer.encode(text)] for text in repeated], tokenizer.pad_id)
 

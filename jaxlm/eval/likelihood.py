@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxlm.core.masked import Mean
-from jaxlm.core.mesh import put_batch
+from jaxlm.core.mesh import put_whole
 
 
 def bits_per_byte(
@@ -18,8 +18,8 @@ def bits_per_byte(
 
     Args:
       nll: jitted `params, batch -> Mean(sum of nats, tokens)`.
-      batches: host batches that hold every token of the text as a target exactly once.
+      batches: host batches that hold every token of the text as a target exactly once, whole in every process.
       num_bytes: size of the text, as the same convention counts it.
     """
-    totals = [nll(params, put_batch(batch, mesh)).total for batch in batches]
+    totals = [nll(params, put_whole(batch, mesh)).total for batch in batches]
     return sum(float(total) for total in jax.device_get(totals)) / (num_bytes * math.log(2))

@@ -7,7 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
+from jaxlm.core.mesh import constrain
 from jaxlm.model.cache import init_cache
 from jaxlm.model.decoder import Model
 
@@ -40,7 +42,7 @@ def greedy_decode(
       num_tokens: ids from here on belong to no token (padded vocabulary) and are never chosen.
 
     Returns:
-      [B, max_new_tokens] int32; after a row's `eos_id` only `eos_id` follows.
+      [B, max_new_tokens] int32, whole on every device; after a row's `eos_id` only `eos_id` follows.
     """
     batch, width = tokens.shape
     cache = init_cache(model.config, batch, width + max_new_tokens, jnp.dtype(model.compute.dtype))
@@ -62,4 +64,4 @@ def greedy_decode(
         return step + 1, best(out.logits), done, position + 1, out.cache, written
 
     start = (0, best(out.logits), jnp.zeros(batch, bool), positions[:, -1] + 1, out.cache, written)
-    return jax.lax.while_loop(unfinished, one, start)[-1]
+    return constrain(jax.lax.while_loop(unfinished, one, start)[-1], P())

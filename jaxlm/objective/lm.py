@@ -38,8 +38,9 @@ def chunked_cross_entropy(
 ) -> TokenLoss:
     """`cross_entropy(hidden @ head, targets)` with at most 1/num_chunks of the logits in memory.
 
-    The tokens are cut along T; each chunk's logits are computed again in the backward pass, which costs one more
-    vocabulary product. Values equal the unchunked ones up to float rounding.
+    Chunk i takes the tokens i, i + num_chunks, ... of a row, so that devices which split T cut what they hold already.
+    Each chunk's logits are computed again in the backward pass, which costs one more vocabulary product. Values equal
+    the unchunked ones up to float rounding.
 
     Args:
       hidden: [B, T, D] in the compute type.
@@ -56,7 +57,7 @@ def chunked_cross_entropy(
 
     if num_chunks == 1:
         return one(hidden, targets)
-    split = lambda x: jnp.moveaxis(x.reshape(batch, num_chunks, time // num_chunks, *x.shape[2:]), 1, 0)
-    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, time)
+    split = lambda x: jnp.moveaxis(x.reshape(batch, time // num_chunks, num_chunks, *x.shape[2:]), 2, 0)
+    join = lambda x: jnp.moveaxis(x, 0, 2).reshape(batch, time)
     parts = jax.lax.map(lambda chunk: jax.checkpoint(one)(*chunk), (split(hidden), split(targets)))
     return TokenLoss(*(join(part) for part in parts))

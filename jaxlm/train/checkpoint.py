@@ -1,13 +1,19 @@
 """Checkpoints: state, data position, configuration and tokenizer in one folder per step, written by orbax.
 
     checkpoints/1200/state/      the TrainState, tensorstore, any mesh can read it
-    checkpoints/1200/data/       position of the data stream, JSON
+    checkpoints/1200/data/       position of each shard of the data stream, JSON, written by the processes that load it
+    checkpoints/1200/digest/     a checksum of every array of the state
     checkpoints/1200/config/     the run's configuration
     checkpoints/1200/tokenizer/  the tokenizer's own files
 
-A folder gets its final name only when all of it is written, so a killed run leaves the last complete step.
+A folder gets its final name only when all of it is written, so a killed run leaves the last complete step. What was
+damaged afterwards is noticed when it is read: the checkpoint before it serves, with a warning.
 """
 
+import json
+import logging
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +22,11 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from jaxlm.core.distributed import agree, barrier, first_line, is_primary
+from jaxlm.core.tree import digest
 from jaxlm.train.state import TrainState
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +46,15 @@ class CheckpointConfig:
 
 
 class Resumable(Protocol):
-    """A stream whose position is a JSON value."""
+    """A stream whose position is some named JSON values: those of this process, or those of all of them to restore."""
 
-    def get_state(self) -> Any: ...
-    def set_state(self, state: Any) -> None: ...
+    def get_state(self) -> dict[str, Any]: ...
+    def set_state(self, state: Mapping[str, Any]) -> None: ...
 
 
 # A full disk is an OSError in the small files and a ValueError of tensorstore's in the arrays.
 WRITE_ERRORS = (OSError, ValueError)
-READ_ERRORS = (OSError, ValueError, KeyError)
+READ_ERRORS = (OSError, ValueError, KeyError, TypeError)  # damaged metadata may be valid JSON of another shape
 
 
 class CheckpointError(ValueError):
@@ -55,31 +65,52 @@ class FolderHandler(ocp.CheckpointHandler):
     """Writes `{name: bytes}` as plain files, so that people and other programs can open them."""
 
     def save(self, directory: epath.Path, args: "FolderSave") -> None:
-        if jax.process_index() == 0:
-            for name, content in args.files.items():
+        if args.by_all or is_primary():
+            sums = {name: zlib.crc32(content) for name, content in args.files.items()}
+            for name, content in {**args.files, **json_file(f"crc32_{jax.process_index()}", sums)}.items():
                 (directory / name).write_bytes(content)
 
-    def restore(self, directory: epath.Path, args: "FolderRestore | None" = None) -> dict[str, bytes]:
-        files = (path for path in sorted(directory.iterdir()) if path.name != "commit_success.txt")  # orbax's own
-        return {path.name: path.read_bytes() for path in files}
+    def restore(self, directory: epath.Path, args: Any = None) -> dict[str, bytes]:
+        return read_folder(Path(directory))
 
 
-@ocp.args.register_with_handler(FolderHandler, for_save=True)
+@ocp.args.register_with_handler(FolderHandler, for_save=True, for_restore=True)  # orbax insists on both
 @dataclass
 class FolderSave(ocp.args.CheckpointArgs):
     files: dict[str, bytes]
+    by_all: bool = False  # every process writes its own files, not the first one for all
 
 
-@ocp.args.register_with_handler(FolderHandler, for_restore=True)
-@dataclass
-class FolderRestore(ocp.args.CheckpointArgs):
-    pass
+def json_file(name: str, value: Any) -> dict[str, bytes]:
+    """One JSON value as a file of a folder."""
+    return {f"{name}.json": (json.dumps(value, ensure_ascii=False) + "\n").encode()}
+
+
+def read_folder(folder: Path) -> dict[str, bytes]:
+    """What the processes wrote as FolderSave; CheckpointError when a file is not what was written."""
+    lists = sorted(folder.glob("crc32_*.json"))
+    if not lists:
+        raise CheckpointError(f"{folder} has no list of its files")
+    sums = {}
+    for path in lists:
+        sums |= json.loads(path.read_bytes())
+    files = {name: (folder / name).read_bytes() for name in sums}
+    for name, content in files.items():
+        if zlib.crc32(content) != sums[name]:
+            raise CheckpointError(f"{folder / name} is damaged")
+    return files
+
+
+def read_json(folder: Path) -> dict[str, Any]:
+    """The JSON values of a folder by name."""
+    return {name.removesuffix(".json"): json.loads(content) for name, content in read_folder(folder).items()}
 
 
 class Checkpointer:
-    """Saves in the background and restores the newest complete checkpoint of one run folder.
+    """Saves in the background and restores the newest usable checkpoint of one run folder.
 
-    `config` and `files` (the tokenizer's) are written into every checkpoint, so each is usable alone.
+    `config` and `files` (the tokenizer's) are written into every checkpoint, so each is usable alone. With several
+    processes all of them make every call, and the folder is one that all of them see.
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig, run_config: dict[str, Any], files: dict[str, bytes]):
@@ -96,11 +127,15 @@ class Checkpointer:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
+        position = {}
+        for name, value in data.get_state().items():
+            position |= json_file(name, value)
         try:
             self._manager.save(step, args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
-                data=ocp.args.JsonSave(data.get_state()),
-                config=ocp.args.JsonSave(self._config),
+                data=FolderSave(position, by_all=True),  # processes that load the same rows write the same bytes
+                digest=FolderSave(json_file("digest", digest(state))),
+                config=FolderSave(json_file("config", self._config)),
                 tokenizer=FolderSave(self._files),
             ))
         except WRITE_ERRORS as error:
@@ -114,77 +149,125 @@ class Checkpointer:
             raise self._write_error(None, error) from error
 
     def restore(self, abstract: TrainState, data: Resumable) -> TrainState:
-        """The newest complete state, in the shardings of `abstract`; moves `data` to its position."""
-        step = self.latest_step()
-        try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore(),
-            ))
-            data.set_state(restored["data"])
-        except READ_ERRORS as error:
-            raise _read_error(self._manager, self.folder, error) from error
-        return restored["state"]
+        """The newest state that can be read, in the shardings of `abstract`; moves `data` to its position.
 
-    def latest_step(self) -> int:
-        """Step of the newest complete checkpoint; CheckpointError when there is none."""
-        return _latest(self._manager, self.folder)
+        Newer checkpoints that cannot be read are reported and renamed `STEP.unusable`. CheckpointError when none can.
+        """
+        failed = {}
+        for step in saved_steps(self.folder):
+            try:
+                state = _read(self.folder / str(step), abstract, data)
+            except READ_ERRORS as error:
+                failed[step] = error
+                continue
+            self._set_aside(failed, step)
+            return state
+        step, error = next(iter(failed.items()))
+        raise _unusable(self.folder / str(step), error, f"; nor can {', '.join(map(str, list(failed)[1:]))}"
+                        if len(failed) > 1 else "") from error
 
     def close(self) -> None:
         """Waits for the writer and stops its threads."""
         self.wait()
         self._manager.close()
 
+    def _set_aside(self, failed: Mapping[int, Exception], used: int) -> None:
+        """Nothing is deleted; but the run will come to these steps again and must be able to save them."""
+        for step, error in failed.items():
+            log.warning("checkpoint %s cannot be used: %s; it is now called %s.unusable, and the run goes on from "
+                        "step %d", self.folder / str(step), _brief(error), step, used)
+            if is_primary():
+                aside = self.folder / f"{step}.unusable"
+                (self.folder / str(step)).rename(aside)
+        if failed:
+            barrier("set aside")
+            self._manager.reload()
+
     def _write_error(self, step: int | None, error: Exception) -> CheckpointError:
         kept = self._manager.latest_step()
         return CheckpointError(
             f"checkpoint{'' if step is None else f' of step {step}'} could not be written to {self.folder}: "
-            f"{first_line(error)}; the last complete one is {'none' if kept is None else f'step {kept}'}"
+            f"{_brief(error)}; the last complete one is {'none' if kept is None else f'step {kept}'}"
         )
 
 
+def saved_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in a `checkpoints` folder, the newest first; CheckpointError if none."""
+    steps = sorted(ocp.utils.checkpoint_steps(epath.Path(folder)), reverse=True) if folder.is_dir() else []
+    if not steps:
+        raise CheckpointError(f"no complete checkpoint in {folder}; start again with --overwrite")
+    return steps
+
+
 def saved_run(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The configuration and the tokenizer files inside the newest complete checkpoint of a run folder."""
-    folder = folder.absolute() / "checkpoints"
-    with ocp.CheckpointManager(folder) as manager:
-        step = _latest(manager, folder)
+    """The configuration and the tokenizer files of a run folder, from its newest checkpoint that has both."""
+    folder, failed = folder.absolute() / "checkpoints", {}
+    for step in saved_steps(folder):
         try:
-            restored = manager.restore(step, args=ocp.args.Composite(
-                config=ocp.args.JsonRestore(), tokenizer=FolderRestore()))
+            return read_json(folder / str(step) / "config")["config"], read_folder(folder / str(step) / "tokenizer")
         except READ_ERRORS as error:
-            raise _read_error(manager, folder, error) from error
-    return restored["config"], restored["tokenizer"]
+            failed[step] = error
+    step, error = next(iter(failed.items()))
+    raise _unusable(folder / str(step), error) from error
 
 
 def saved_params(folder: Path, shapes: Any) -> Any:
     """The parameters of the newest complete checkpoint of a run folder, on this process's first device.
 
     Only they are read, not the optimizer's moments. `shapes` is their tree of `jax.ShapeDtypeStruct`.
+    CheckpointError when they are damaged.
     """
     folder = folder.absolute() / "checkpoints"
-    with ocp.CheckpointManager(folder) as manager:
-        state = folder / str(_latest(manager, folder)) / "state"
+    folder = folder / str(saved_steps(folder)[0])
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        target = {"params": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)}
-        arguments = ocp.args.PyTreeRestore(
-            item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True)
-        return reader.restore(state, args=arguments)["params"]
+    target = {"params": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)}
+    try:
+        params = _read_arrays(folder, target)
+        _check_digest(folder, params)
+    except READ_ERRORS as error:
+        raise _unusable(folder, error) from error
+    return params["params"]
 
 
-def _read_error(manager: ocp.CheckpointManager, folder: Path, error: Exception) -> CheckpointError:
-    *older, newest = sorted(manager.all_steps())
-    return CheckpointError(
-        f"checkpoint {folder / str(newest)} cannot be used: {first_line(error)}; "
-        + (f"delete it to resume from step {older[-1]}" if older else "there is no older one"))
+def _read(folder: Path, abstract: TrainState, data: Resumable) -> TrainState:
+    """One checkpoint, checked. It succeeds in every process or raises in every one, so that all try the same next."""
+    state = error = None
+    try:
+        state = _read_arrays(folder, abstract)
+        data.set_state(read_json(folder / "data"))
+    except READ_ERRORS as caught:
+        error = caught
+    agree(error)
+    _check_digest(folder, state)
+    return state
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, without the pages that some libraries append."""
-    return (str(error) or repr(error)).splitlines()[0]
+def _read_arrays(folder: Path, target: Any) -> Any:
+    """The arrays of `target` (a tree of shape structs with shardings) from a checkpoint; others are not read.
+
+    Called on the handler itself: orbax's managers wait for each other after a restore, so a process that fails would
+    leave the others hanging.
+    """
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        return handler.restore(epath.Path(folder) / "state", args=ocp.args.PyTreeRestore(
+            item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True))
+    finally:
+        handler.close()
 
 
-def _latest(manager: ocp.CheckpointManager, folder: Path) -> int:
-    step = manager.latest_step()
-    if step is None:
-        raise CheckpointError(f"no complete checkpoint in {folder}; start again with --overwrite")
-    return step
+def _check_digest(folder: Path, tree: Any) -> None:
+    """CheckpointError naming the arrays of `tree` that are not those that were saved."""
+    saved, found = read_json(folder / "digest")["digest"], digest(tree)
+    damaged = [name for name, value in found.items() if saved[name] != value]
+    if damaged:
+        raise CheckpointError(f"{len(damaged)} of {len(found)} arrays are damaged, the first is {damaged[0]}")
+
+
+def _unusable(folder: Path, error: Exception, more: str = "") -> CheckpointError:
+    return CheckpointError(f"checkpoint {folder} cannot be used: {_brief(error)}{more}")
+
+
+def _brief(error: Exception) -> str:
+    """What an error says, without the page of settings that tensorstore puts on the same line."""
+    return first_line(error).partition(" [tensorstore_spec")[0]

@@ -2,8 +2,6 @@
 
 import contextlib
 import logging
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,10 +9,11 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import Mesh
 
+from jaxlm.core.distributed import is_primary, stop_on_signal
 from jaxlm.core.log import MetricLog, ProgressLine, human_count, human_seconds
 from jaxlm.core.mesh import put_batch
 from jaxlm.train.checkpoint import Checkpointer
-from jaxlm.train.measure import Stopwatch, memory_bytes
+from jaxlm.train.measure import Ledger, memory_bytes
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import Metrics, Step
 
@@ -59,15 +58,18 @@ def fit(
     config: LoopConfig,
     checkpointer: Checkpointer,
     metric_log: MetricLog,
+    ledger: Ledger,
     flops_ratio: float,
     evaluate: Callable[[Any, int], tuple[Mapping[str, float], str]] | None = None,
 ) -> tuple[TrainState, bool]:
     """Trains from `state.step` to `config.steps`; returns the state and whether the run got to its end.
 
-    SIGTERM or SIGINT ends the run after the step in flight, with a checkpoint. Checkpoints hold the state before a
-    step and the data position before its batch, so a resumed run repeats nothing and skips nothing.
+    SIGTERM or SIGINT ends the run after the step in flight, with a checkpoint; several processes end after the same
+    step. Checkpoints hold the state before a step and the data position before its batch, so a resumed run repeats
+    nothing and skips nothing. Where the time went is logged at the end, however the run ends.
 
     Args:
+      ledger: books the time of the whole process, from its start.
       evaluate: `params, step -> (numbers to log, text to show)`, called outside the timed part.
       flops_ratio: model FLOPs per token / peak FLOP/s of all devices; times tokens/s it is the MFU. Tokens are
         targets that count in the loss, so padding lowers both.
@@ -75,63 +77,52 @@ def fit(
     start = int(state.step)
     if start > config.steps:
         raise ValueError(f"the checkpoint is at step {start}, beyond loop.steps {config.steps}")
-    progress = ProgressLine(config.steps, start)
-    reporter = _Reporter(config, metric_log, progress, batches, flops_ratio)
+    progress = ProgressLine(config.steps, start, visible=is_primary())
+    reporter = _Reporter(config, metric_log, progress, batches, ledger, flops_ratio, start)
     pending: tuple[int, Metrics] | None = None
-    with contextlib.closing(progress), stop_on_signal() as stop, jax.set_mesh(mesh):
+    ledger.book("start")
+    with contextlib.ExitStack() as stack:
+        stack.callback(reporter.goodput)
+        stack.callback(progress.close)
+        stack.enter_context(jax.set_mesh(mesh))
+        stopping = stack.enter_context(stop_on_signal())
         for number in range(start, config.steps + 1):
-            last = number == config.steps
+            last, stop = number == config.steps, stopping()
             evaluating = evaluate and (last or (number % config.eval_every == 0 and number > start))
-            saving = last or stop.is_set() or (number % checkpointer.every == 0 and number > start)
+            saving = last or stop or (number % checkpointer.every == 0 and number > start)
             if pending and (evaluating or saving):  # both wait for the step; its time must not count as theirs
                 reporter.step(*pending)
                 pending = None
             if evaluating:
-                with reporter.stopwatch:
+                with ledger.spend("evaluation"):
                     reporter.evaluation(number, *evaluate(state.params, number))
             if saving:
-                with reporter.stopwatch:
+                with ledger.spend("checkpoint"):
                     checkpointer.save(state, batches)
-            if last or (saving and stop.is_set()):
+            if last or stop:
                 break
-            state, metrics = step(state, put_batch(next(batches), mesh))
+            with ledger.spend("data"):
+                batch = put_batch(next(batches), mesh)
+            state, metrics = step(state, batch)
             if pending:
                 reporter.step(*pending)
             pending = number + 1, metrics
-        checkpointer.wait()
+        with ledger.spend("checkpoint"):
+            checkpointer.wait()
     if not last:
         log.warning("stopped by a signal at step %d; continue with --resume", number)
     return state, last
-
-
-@contextlib.contextmanager
-def stop_on_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM or SIGINT sets; a second signal acts as usual. Only the main thread can listen."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def handle(signum: int, frame: object) -> None:
-        event.set()
-        signal.signal(signum, previous[signum])
-
-    previous = {signum: signal.signal(signum, handle) for signum in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield event
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
 
 
 class _Reporter:
     """Turns the metrics of finished steps into records, a progress line and the stop after bad steps."""
 
     def __init__(self, config: LoopConfig, metric_log: MetricLog, progress: ProgressLine, batches: Batches,
-                 flops_ratio: float):
+                 ledger: Ledger, flops_ratio: float, start: int):
         self.config, self.metric_log, self.progress, self.batches = config, metric_log, progress, batches
-        self.flops_ratio = flops_ratio
-        self.stopwatch = Stopwatch()
+        self.ledger, self.flops_ratio = ledger, flops_ratio
+        self.read = ledger.training(), ledger.seconds["data"]  # at the last report
+        self.last = start                                      # the newest step seen
         self.tokens = self.steps = self.skipped = self.skipped_in_row = 0
         self.first = True  # the first step is reported at once: it holds the compilation, which later rates leave out
 
@@ -139,21 +130,25 @@ class _Reporter:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.tokens += values.pop("tokens")
         self.steps += 1
+        self.last = number
         self._count_skipped(number, values)
         if number % self.config.log_every and number != self.config.steps and not self.first:
             return
-        seconds = self.stopwatch.read()
+        now = self.ledger.training(), self.ledger.seconds["data"]
+        seconds, waited = (new - old for new, old in zip(now, self.read, strict=True))
+        self.read = now
         rate = self.tokens / seconds
         left = (f"first step {seconds:.1f} s with compilation" if self.first else
                 f"left {human_seconds((self.config.steps - number) * seconds / self.steps)}")
         values |= {
             "skipped": self.skipped, "tokens_per_second": rate, "mfu": rate * self.flops_ratio,
-            "memory_gb": memory_bytes() / 2**30, **self.batches.stats(),
+            "memory_gb": memory_bytes() / 2**30, "data_wait": waited / seconds, **self.batches.stats(),
         }
         self.metric_log.write(number, values)
         self.progress.report(number, "  ".join((
             f"loss {values['loss']:.4f}", f"{human_count(rate)} tok/s", f"MFU {values['mfu']:.1%}",
-            f"{values['memory_gb']:.2f} GB", left, f"lr {values['lr']:.2e}", f"grad {values['grad_norm']:.2f}",
+            f"{values['memory_gb']:.2f} GB", f"data {values['data_wait']:.0%}", left, f"lr {values['lr']:.2e}",
+            f"grad {values['grad_norm']:.2f}",
         )))
         self.tokens = self.steps = 0
         self.first = False
@@ -161,6 +156,13 @@ class _Reporter:
     def evaluation(self, number: int, values: Mapping[str, float], text: str) -> None:
         self.metric_log.write(number, values)
         self.progress.say(text)
+
+    def goodput(self) -> None:
+        """The shares of the process's time, as one record and one line."""
+        shares = self.ledger.goodput()
+        self.metric_log.write(self.last, {f"goodput/{name}": share for name, share in shares.items()})
+        log.info("time %s: %s", human_seconds(sum(self.ledger.seconds.values())),
+                 ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
 
     def _count_skipped(self, number: int, values: Mapping[str, float]) -> None:
         if not values["skipped"]:

@@ -1,11 +1,14 @@
-"""Throughput, model FLOPs utilisation and memory."""
+"""Throughput, model FLOPs utilisation, memory, and where the time goes."""
 
+import contextlib
 import resource
 import sys
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+from jax import monitoring
 
 # Dense bf16 peak per chip, FLOP/s, from the vendors' data sheets.
 PEAK_FLOPS = {
@@ -62,21 +65,55 @@ def resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-class Stopwatch:
-    """Seconds spent training since the last reading; time inside `with stopwatch:` does not count."""
+class Ledger:
+    """Where the wall time of a run goes. Time that nothing else claims is `step`.
+
+    Compilation is subtracted from whatever asked for it, as jax reports it, and booked as `compile`; a persistent
+    compile cache that answers is booked there too, with the little time that it takes.
+    """
 
     def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._paused_at: float | None = None
+        self.seconds = dict.fromkeys(("step", "compile", "data", "checkpoint", "evaluation", "start"), 0.0)
+        self._since = time.time()
+        self._compiled: list[tuple[float, float]] = []
+        monitoring.register_event_time_span_listener(self._listen)
 
-    def read(self) -> float:
-        """Seconds since the last `read`, and starts anew."""
-        now = time.perf_counter()
-        seconds, self._start = now - self._start, now
-        return seconds
+    def _listen(self, event: str, start: float, end: float, **_: object) -> None:
+        if event.startswith("/jax/core/compile/"):
+            self._compiled.append((start, end))
 
-    def __enter__(self) -> None:
-        self._paused_at = time.perf_counter()
+    def book(self, name: str = "step") -> None:
+        """Books the time since the last booking."""
+        now, until = time.time(), self._since
+        compiled = 0.0
+        for start, end in sorted(self._compiled):  # they nest: tracing one function traces those that it calls
+            compiled += max(0.0, end - max(start, until))
+            until = max(until, end)
+        self._compiled = []
+        self.seconds["compile"] += compiled
+        self.seconds[name] += max(0.0, now - self._since - compiled)
+        self._since = now
 
-    def __exit__(self, *exc: object) -> None:
-        self._start += time.perf_counter() - self._paused_at
+    @contextlib.contextmanager
+    def spend(self, name: str) -> Iterator[None]:
+        """What happens inside is booked under `name`."""
+        self.book()
+        try:
+            yield
+        finally:
+            self.book(name)
+
+    def training(self) -> float:
+        """Seconds of steps, of waiting for their data and of compiling so far."""
+        self.book()
+        return self.seconds["step"] + self.seconds["data"] + self.seconds["compile"]
+
+    def goodput(self) -> dict[str, float]:
+        """Shares of the whole time, by name; `step` is the goodput."""
+        self.book()
+        total = max(sum(self.seconds.values()), 1e-9)
+        return {name: seconds / total for name, seconds in self.seconds.items()}
+
+    def close(self) -> None:
+        """Stops listening."""
+        monitoring.unregister_event_time_span_listener(self._listen)

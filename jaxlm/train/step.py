@@ -82,7 +82,7 @@ def _accumulate(
     def split(leaf: jax.Array) -> jax.Array:
         # Micro-batch i takes rows i, i + A, i + 2A, ...: each device then cuts the rows that it holds already.
         rows = leaf.reshape(leaf.shape[0] // num_micro, num_micro, *leaf.shape[1:])
-        return constrain(jnp.swapaxes(rows, 0, 1), P(None, *BATCH))
+        return constrain(jnp.swapaxes(rows, 0, 1), P(None, *BATCH[: leaf.ndim]))
 
     def body(total: Any, inputs: tuple[Any, jax.Array]) -> tuple[Any, None]:
         part, index = inputs
