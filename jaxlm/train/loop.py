@@ -78,9 +78,9 @@ def fit(
     if start > config.steps:
         raise ValueError(f"the checkpoint is at step {start}, beyond loop.steps {config.steps}")
     progress = ProgressLine(config.steps, start, visible=is_primary())
+    ledger.book("start")
     reporter = _Reporter(config, metric_log, progress, batches, ledger, flops_ratio, start)
     pending: tuple[int, Metrics] | None = None
-    ledger.book("start")
     with contextlib.ExitStack() as stack:
         stack.callback(reporter.goodput)
         stack.callback(progress.close)
@@ -121,8 +121,8 @@ class _Reporter:
                  ledger: Ledger, flops_ratio: float, start: int):
         self.config, self.metric_log, self.progress, self.batches = config, metric_log, progress, batches
         self.ledger, self.flops_ratio = ledger, flops_ratio
-        self.read = ledger.training(), ledger.seconds["data"]  # at the last report
-        self.last = start                                      # the newest step seen
+        self.read = ledger.training, ledger.seconds["data"]  # at the last report
+        self.last = start                                    # the newest step seen
         self.tokens = self.steps = self.skipped = self.skipped_in_row = 0
         self.first = True  # the first step is reported at once: it holds the compilation, which later rates leave out
 
@@ -134,7 +134,8 @@ class _Reporter:
         self._count_skipped(number, values)
         if number % self.config.log_every and number != self.config.steps and not self.first:
             return
-        now = self.ledger.training(), self.ledger.seconds["data"]
+        self.ledger.book()
+        now = self.ledger.training, self.ledger.seconds["data"]
         seconds, waited = (new - old for new, old in zip(now, self.read, strict=True))
         self.read = now
         rate = self.tokens / seconds
@@ -159,7 +160,8 @@ class _Reporter:
 
     def goodput(self) -> None:
         """The shares of the process's time, as one record and one line."""
-        shares = self.ledger.goodput()
+        self.ledger.book()
+        shares = self.ledger.shares()
         self.metric_log.write(self.last, {f"goodput/{name}": share for name, share in shares.items()})
         log.info("time %s: %s", human_seconds(sum(self.ledger.seconds.values())),
                  ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))

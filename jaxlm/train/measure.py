@@ -74,6 +74,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(("step", "compile", "data", "checkpoint", "evaluation", "start"), 0.0)
+        self.training = 0.0  # seconds of steps and of waiting for their data, the compilation of the step included
         self._since = time.time()
         self._compiled: list[tuple[float, float]] = []
         monitoring.register_event_time_span_listener(self._listen)
@@ -92,6 +93,7 @@ class Ledger:
         self._compiled = []
         self.seconds["compile"] += compiled
         self.seconds[name] += max(0.0, now - self._since - compiled)
+        self.training += now - self._since if name in ("step", "data") else 0.0
         self._since = now
 
     @contextlib.contextmanager
@@ -103,14 +105,8 @@ class Ledger:
         finally:
             self.book(name)
 
-    def training(self) -> float:
-        """Seconds of steps, of waiting for their data and of compiling so far."""
-        self.book()
-        return self.seconds["step"] + self.seconds["data"] + self.seconds["compile"]
-
-    def goodput(self) -> dict[str, float]:
-        """Shares of the whole time, by name; `step` is the goodput."""
-        self.book()
+    def shares(self) -> dict[str, float]:
+        """Shares of the whole time, by name; that of `step` is the goodput."""
         total = max(sum(self.seconds.values()), 1e-9)
         return {name: seconds / total for name, seconds in self.seconds.items()}
 
