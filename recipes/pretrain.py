@@ -162,7 +162,7 @@ def make_loss(model: Model, *, z_loss: float = 0.0, chunks: int = 1) -> Loss:
 
 def check(config: Config, mesh: Mesh) -> None:
     """ValueError for settings that do not fit together."""
-    attention_backend(config)
+    attention_backend(config, mesh)
     check_batch(config.pipeline.batch_size, config.accumulate, mesh)
     seq_len, context = config.pipeline.seq_len, mesh.shape["context"]
     if seq_len > config.model.max_positions:
@@ -187,12 +187,12 @@ class Prepared(NamedTuple):
     evaluate: Evaluation
 
 
-def attention_backend(config: Config) -> str:
+def attention_backend(config: Config, mesh: Mesh) -> str:
     """The backend of the training step; ValueError if the one asked for cannot compute it exactly."""
     return resolve_backend(
         config.compute.attention, platform=jax.default_backend(), dtype=config.compute.dtype,
         head_dim=config.model.head_dim, q_len=config.pipeline.seq_len, segments=True, positions=True,
-        window=config.model.window, query_chunk=config.compute.query_chunk)
+        window=config.model.window, query_chunk=config.compute.query_chunk, context=mesh.shape["context"])
 
 
 def adopt_model(config: Config) -> Config:
@@ -317,7 +317,7 @@ def train(run: Prepared, ledger: Ledger) -> None:
              human_count(count_parameters(state.params)),
              human_count(config.pipeline.batch_size * config.pipeline.seq_len), dict(mesh.shape), jax.process_count(),
              config.pipeline.shards)
-    log.info("%s attention in %s; MFU: %s FLOPs a token, peak %s", attention_backend(config), config.compute.dtype,
+    log.info("%s attention in %s; MFU: %s FLOPs a token, peak %s", attention_backend(config, mesh), config.compute.dtype,
              human_count(per_token), peak_text)
     with contextlib.ExitStack() as stack:
         metric_log = MetricLog(config.folder, active=is_primary())

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.core.mesh import MeshConfig, make_mesh
 from jaxlm.model import attention as module
-from jaxlm.model.attention import BACKENDS, Call, Labels, attention, current_platform, resolve_backend
+from jaxlm.model.attention import BACKENDS, attention, current_platform, resolve_backend
+from jaxlm.model.attention_call import Call, Labels
 from jaxlm.model.config import Backend
 
 # XLA's own passes run as ever; LLVM's are left out, which halves the time that these many small programs compile.
@@ -211,15 +211,6 @@ def test_splash_equals_xla(causal, window, with_segments, N, K):
     close(value_and_grads(splash, q, k, v, g), value_and_grads(xla, q, k, v, g))
 
 
-def test_splash_on_a_mesh():
-    q, k, v, g = draw(14, 4, 128, 128, 4, 2, 8)
-    call = equal_call(128, packed(15, 4, 128)[0], True, None)
-    splash = functools.partial(BACKENDS["splash"].compute, call=call, interpret=True)
-    expected = value_and_grads(splash, q, k, v, g)
-    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
-        close(value_and_grads(splash, q, k, v, g), expected)
-
-
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_splash_lowers_for_tpu(head_dim, monkeypatch):
     monkeypatch.setattr(module, "current_platform", lambda: "tpu")
@@ -233,28 +224,6 @@ def test_splash_lowers_for_tpu(head_dim, monkeypatch):
     grad = jax.jit(jax.grad(loss, (0, 1, 2)))
     kernels = jax.export.export(grad, platforms=["tpu"])(q, k, k, segments).mlir_module().count("tpu_custom_call")
     assert kernels == 3  # forward, and the gradients of queries and of keys with values
-
-
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("kind", ["plain", "segments", "positions"])
-def test_cudnn_arguments_mean_the_same(causal, window, kind, monkeypatch):
-    """cuDNN itself needs a GPU; here jax computes the same arguments by its own definition of them."""
-    reference = jax.nn.dot_product_attention
-
-    def instead(*args, implementation, **kwargs):
-        assert implementation == "cudnn"
-        return reference(*args, implementation="xla", **kwargs)
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
-    q, k, v, g = draw(16, 2, 40, 40, 4, 2, 8)
-    segments, positions = packed(17, 2, 40)
-    call = equal_call(40, segments if kind == "segments" else None, causal, window)
-    if kind == "positions":
-        labels = call.q._replace(positions=2 * positions)
-        call = call._replace(q=labels, kv=labels)
-    cudnn, xla = (functools.partial(BACKENDS[name].compute, call=call) for name in ("cudnn", "xla"))
-    close(value_and_grads(cudnn, q, k, v, g), value_and_grads(xla, q, k, v, g))
 
 
 def test_names_equal_the_config():
@@ -275,6 +244,8 @@ GPU = {**TPU, "platform": "gpu"}
     ({**TPU, "q_len": 1, "kv_len": 4096, "decoding": True}, "xla"),
     ({**TPU, "decoding": True}, "xla"),
     ({**TPU, "q_len": 100}, "xla"),
+    ({**TPU, "context": 32}, "splash"),
+    ({**TPU, "context": 64}, "xla"),
     (GPU, "cudnn"),
     ({**GPU, "dtype": "float16", "segments": True, "positions": True, "window": 1024}, "cudnn"),
     ({**GPU, "dtype": "float32"}, "xla"),
@@ -283,13 +254,15 @@ GPU = {**TPU, "platform": "gpu"}
     ({**GPU, "q_len": 101}, "cudnn"),
     ({**GPU, "q_len": 101, "segments": True}, "xla"),
     ({**GPU, "query_chunk": 512}, "xla"),
+    ({**GPU, "q_len": 102, "context": 2}, "xla"),
+    ({**GPU, "context": 4}, "cudnn"),
     ({**GPU, "q_len": 1, "kv_len": 4096, "decoding": True}, "xla"),
     ({**TPU, "platform": "cpu"}, "xla"),
 ])
 def test_auto_chooses_what_is_exact(case, expected):
     assert resolve_backend("auto", **case) == expected
     assert resolve_backend("xla", **case) == "xla"
-    for name in ("splash", "cudnn"):
+    for name in ("splash", "cudnn"):  # the two that auto considers
         if name == expected:
             assert resolve_backend(name, **case) == name
         else:  # a choice is kept or refused, never replaced
@@ -303,6 +276,7 @@ def test_auto_chooses_what_is_exact(case, expected):
     ("splash", {**TPU, "decoding": True}, "not decoding with a cache"),
     ("splash", {**TPU, "kv_len": 128}, "needs queries and keys of the same tokens"),
     ("splash", {**TPU, "q_len": 130}, "a length that divides by 128, got 130"),
+    ("splash", {**TPU, "context": 64}, "divides by 128 on each of 64 devices of mesh.context, got 4096"),
     ("splash", {**TPU, "window": 9, "positions": True}, "window by index.*leave positions out"),
     ("cudnn", TPU, "runs on NVIDIA GPUs, not on tpu"),
     ("cudnn", {**GPU, "dtype": "float32"}, "computes in bfloat16 or float16, not in float32"),
@@ -310,7 +284,14 @@ def test_auto_chooses_what_is_exact(case, expected):
     ("cudnn", {**GPU, "decoding": True}, "not decoding with a cache"),
     ("cudnn", {**GPU, "head_dim": 136}, "head dimension up to 128 that divides by 8, got 136"),
     ("cudnn", {**GPU, "q_len": 7, "window": 3, "causal": False}, "an even length .* got 7"),
-    ("splsh", TPU, "unknown attention backend 'splsh', did you mean 'splash'. Known: auto, xla, splash, cudnn"),
+    ("cudnn", {**GPU, "q_len": 102, "context": 2}, "an even length .* got 51"),
+    ("cudnn_packed", GPU, "is for packed rows: without segments use cudnn"),
+    ("cudnn_packed", {**GPU, "segments": True, "window": 9}, "has no window: use cudnn"),
+    ("cudnn_packed", {**GPU, "segments": True, "context": 2}, "needs whole rows, but mesh.context 2 splits them"),
+    ("triton", TPU, "runs on NVIDIA GPUs, not on tpu"),
+    ("triton", {**GPU, "dtype": "float32"}, "computes in bfloat16 or float16, not in float32"),
+    ("triton", {**GPU, "context": 2}, "needs whole rows, but mesh.context 2 splits them"),
+    ("splsh", TPU, r"unknown attention backend 'splsh' \(did you mean 'splash'\?\); known: auto, xla, splash, cudnn"),
 ])
 def test_refusals(backend, case, message):
     with pytest.raises(ValueError, match=message):
@@ -349,7 +330,7 @@ def test_shapes_that_do_not_fit(change, message):
     ({"query_chunk": -1}, "query_chunk must be positive or None, got -1"),
     ({"backend": "splash"}, "attention backend 'splash' runs on TPU, not on cpu"),
     ({"backend": "cudnn"}, "attention backend 'cudnn' runs on NVIDIA GPUs, not on cpu"),
-    ({"backend": "flash"}, "unknown attention backend 'flash', did you mean 'splash'"),
+    ({"backend": "flash"}, "unknown attention backend 'flash' .did you mean 'splash'"),
     ({"q_segments": jnp.ones((1, 4)), "kv_segments": jnp.ones((1, 4))}, "q_segments must be integers"),
 ])
 def test_arguments_that_are_wrong(change, message):

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from dataclasses import replace
 from typing import get_args
 
@@ -283,6 +284,21 @@ def test_eight_devices_equal_one(sizes):
     close(jax.device_get((values, grads)), on_one_device())
     kernel = grads["layers"]["mlp"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.size * mesh.shape["fsdp"] * mesh.shape["tensor"] == kernel.size
+
+
+def test_context_sends_keys_values_and_gradients_only():
+    """Neither pass gathers an activation of D or F columns over the time axis; each layer gathers keys and values."""
+    config = replace(MESH_CONFIG, d_model=24, d_ff=40, max_positions=1024)
+    model, mesh = build(config), make_mesh(MeshConfig(data=1, context=8))
+    B, T = 2, 1024
+    with jax.set_mesh(mesh):
+        tokens, segments = put_batch((np.zeros((B, T), np.int32), np.ones((B, T), np.int32)), mesh)
+        grad = jax.jit(jax.grad(lambda params: jnp.sum(
+            model.apply(params, tokens, segments=segments, logits=False).hidden ** 2)), compiler_options=QUICK)
+        text = grad.lower(params_of(config)).compile().as_text()
+    sent = re.findall(r"= \(?f32\[([\d,]*)\][^=]*? (all-gather|all-to-all|collective-permute)(?:-start)?\(", text)
+    K, H = config.num_kv_heads, config.head_dim
+    assert sent and {shape for shape, _ in sent} == {f"{B},{T},{K},{H}"}
 
 
 @functools.cache

@@ -53,7 +53,7 @@ def fail(error: Exception, prog: str) -> typing.NoReturn:
     """
     innermost = traceback.extract_tb(error.__traceback__)[-1].filename if error.__traceback__ else __file__
     root = Path(__file__).parent.parent.parent
-    ours = [root / package for package in ("jaxlm", "recipes")]
+    ours = [root / package for package in ("jaxlm", "recipes", "tools")]
     if not isinstance(error, OSError) and not any(folder in Path(innermost).parents for folder in ours):
         raise error
     print(f"{prog}: {error}", file=sys.stderr)

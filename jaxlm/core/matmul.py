@@ -27,10 +27,11 @@ def _forward(x: jax.Array, w: jax.Array, dtype: jnp.dtype | None) -> tuple[jax.A
 
 def _backward(dtype: jnp.dtype | None, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple:
     x, w = saved
-    rows_x, rows_g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]).astype(x.dtype)
-    dx = jax.lax.dot_general(rows_g, w.astype(x.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    dw = jax.lax.dot_general(rows_x, rows_g, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    return dx.astype(x.dtype).reshape(x.shape), dw.astype(w.dtype)
+    g, last = g.astype(x.dtype), x.ndim - 1
+    rows = tuple(range(last))  # contracted as they are: merged, rows and time split over a mesh would be gathered first
+    dx = jax.lax.dot_general(g, w.astype(x.dtype), (((last,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    dw = jax.lax.dot_general(x, g, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
+    return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
 matmul.defvjp(_forward, _backward)

@@ -1,59 +1,29 @@
-"""Grouped-query attention: one function, three ways to compute it, and the rule that chooses between them.
+"""Grouped-query attention: one function, several ways to compute it, and the rule that chooses between them.
 
-`BACKENDS` at the end: `xla` computes everything on every device; `splash` (TPU) and `cudnn` (NVIDIA) are fused kernels
-that never hold the scores of all heads, and are refused where they would not compute the same function.
+`BACKENDS` at the end: `xla` computes everything on every device; `splash` (TPU), `cudnn`, `cudnn_packed` and `triton`
+(NVIDIA) are fused kernels that never hold the scores of all heads, and are refused where they would not compute the
+same function. Only `xla` has run on its device, a CPU; `attention_splash` and `attention_gpu` say what is proven of the
+others.
 """
 
-import difflib
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
-from jax.sharding import PartitionSpec as P
 
-from jaxlm.model.partition import HEADS
-
-MASKED = -1e30  # finite, so that a masked score never gives infinity minus infinity
-NUM_BLOCKS = 4  # of queries in causal xla attention
-
-
-class Labels(NamedTuple):
-    """What the mask knows of each query or key."""
-
-    index: jax.Array              # [1, T] slot in the row
-    segments: jax.Array | None    # [B, T]
-    positions: jax.Array | None   # [B, T]; None: the index
-
-
-class Call(NamedTuple):
-    """The arguments of `attention` besides queries, keys and values, as a backend reads them."""
-
-    q: Labels
-    kv: Labels
-    offset: int | None            # None: traced
-    causal: bool
-    window: int | None
-    scale: float
-    query_chunk: int | None
-
-
-class Case(NamedTuple):
-    """What decides whether a backend computes the same function; the fields of `resolve_backend`."""
-
-    platform: str
-    dtype: str
-    head_dim: int
-    q_len: int
-    kv_len: int
-    decoding: bool
-    segments: bool
-    positions: bool
-    causal: bool
-    window: int | None
-    query_chunk: int | None
+from jaxlm.core.config import nearest
+from jaxlm.model.attention_call import Call, Case, Labels, context_shards
+from jaxlm.model.attention_gpu import (
+    cudnn,
+    cudnn_obstacle,
+    cudnn_packed,
+    cudnn_packed_obstacle,
+    triton,
+    triton_obstacle,
+)
+from jaxlm.model.attention_splash import splash, splash_obstacle
+from jaxlm.model.attention_xla import xla
 
 
 def attention(
@@ -74,6 +44,9 @@ def attention(
                                    . x x . .     the first key is 2 positions away
                                    . . . x .     another document
                                    . . . . x     padding, segment 0, sees padding
+
+    Where the mesh of the context splits time (axis `context`) and the queries are those of the keys (q_offset 0, T=S),
+    each device computes its T/c queries against all keys of the row; see `attention_call.per_device`.
 
     Args:
       q_BTNH, k_BSKH, v_BSKH: one dtype; K divides N. 1 < K < N is grouped-query attention (Ainslie et al. 2023,
@@ -97,41 +70,45 @@ def attention(
     _check(q_BTNH, k_BSKH, v_BSKH, q_segments, kv_segments, q_positions, kv_positions, window, query_chunk)
     num_queries, num_keys = q_BTNH.shape[1], k_BSKH.shape[1]
     offset = q_offset if isinstance(q_offset, int) else None
+    shards = context_shards() if offset == 0 and num_queries == num_keys else 1
     name = resolve_backend(
         backend, platform=current_platform(), dtype=str(q_BTNH.dtype), head_dim=q_BTNH.shape[3], q_len=num_queries,
         kv_len=num_keys, decoding=offset != 0, segments=q_segments is not None, positions=q_positions is not None,
-        causal=causal, window=window, query_chunk=query_chunk)
+        causal=causal, window=window, query_chunk=query_chunk, context=shards)
+    if window is None:
+        q_positions = kv_positions = None
     call = Call(
         Labels(q_offset + jnp.arange(num_queries)[None], q_segments, q_positions),
         Labels(jnp.arange(num_keys)[None], kv_segments, kv_positions),
-        offset, causal, window, q_BTNH.shape[3] ** -0.5 if scale is None else scale, query_chunk)
+        offset, causal, window, q_BTNH.shape[3] ** -0.5 if scale is None else scale, query_chunk, shards)
     return BACKENDS[name].compute(q_BTNH, k_BSKH, v_BSKH, call)
 
 
 def resolve_backend(
     backend: str, *, platform: str, dtype: str, head_dim: int, q_len: int, kv_len: int | None = None,
     decoding: bool = False, segments: bool = False, positions: bool = False, causal: bool = True,
-    window: int | None = None, query_chunk: int | None = None,
+    window: int | None = None, query_chunk: int | None = None, context: int = 1,
 ) -> str:
     """The backend that `attention` uses: `auto` chooses an exact one, any other name is itself or an error.
 
     Args:
-      backend: "auto" or a key of `BACKENDS`. "auto" is splash on TPU and cudnn on GPU where they are exact, else xla.
+      backend: "auto" or a key of `BACKENDS`. "auto" is splash on TPU and cudnn on GPU where they are exact, else xla;
+        cudnn_packed and triton must be named until they have been measured on a GPU.
       platform: "cpu", "gpu" or "tpu", see `current_platform`.
       dtype, head_dim: of queries, keys and values.
       q_len, kv_len: T and S; None: S = T.
       decoding: the queries do not start at index 0, or start at a traced one.
       segments, positions: whether they are given, not their values.
+      context: parts into which the mesh splits the time axis, `mesh.context` in training.
 
     Raises:
       ValueError: an unknown name, or a named backend that cannot compute this exactly, with reason and remedy.
     """
     if backend != "auto" and backend not in BACKENDS:
         known = ["auto", *BACKENDS]
-        nearest = difflib.get_close_matches(backend, known, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown attention backend '{backend}', did you mean '{nearest}'? Known: {', '.join(known)}")
+        raise ValueError(f"unknown attention backend '{backend}'{nearest(backend, known)}; known: {', '.join(known)}")
     case = Case(platform, str(jnp.dtype(dtype)), head_dim, q_len, q_len if kv_len is None else kv_len, decoding,
-                segments, positions, causal, window, query_chunk)
+                segments, positions, causal, window, query_chunk, context)
     if backend == "auto":
         return next(name for name in ("splash", "cudnn", "xla") if BACKENDS[name].obstacle(case) is None)
     obstacle = BACKENDS[backend].obstacle(case)
@@ -166,157 +143,6 @@ def _check(q, k, v, q_segments, kv_segments, q_positions, kv_positions, window, 
             raise ValueError(f"{name} must be positive or None, got {value}")
 
 
-def _visible(q: Labels, kv: Labels, causal: bool, window: int | None) -> jax.Array | None:
-    """The mask, [B or 1, T, S] bool; None when every key is seen."""
-    terms = []
-    if causal:
-        terms.append(kv.index[:, None, :] <= q.index[:, :, None])
-    if q.segments is not None:
-        terms.append(q.segments[:, :, None] == kv.segments[:, None, :])
-    if window is not None:
-        of_q, of_kv = (x.index if x.positions is None else x.positions for x in (q, kv))
-        distance = of_q[:, :, None] - of_kv[:, None, :]
-        terms.append((distance if causal else jnp.abs(distance)) < window)
-    return functools.reduce(jnp.logical_and, terms) if terms else None
-
-
-def _cut(tree: Any, start: int, stop: int) -> Any:
-    return jax.tree.map(lambda x: x[:, start:stop], tree)
-
-
-def _attend(q_BTNH, k_BSKH, v_BSKH, q: Labels, kv: Labels, call: Call) -> jax.Array:
-    """All queries against all keys.
-
-    The query heads of a key-value head are rows of one product: on CPU half the time of a fifth einsum axis, and the
-    keys need no copy in decoding. Dividing by the sum after the second product spares a pass over [T, S].
-    """
-    B, T, N, H = q_BTNH.shape
-    S, K = k_BSKH.shape[1:3]
-    q_BKRH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
-    scores = jnp.einsum("BKRH,BSKH->BKRS", q_BKRH, k_BSKH, preferred_element_type=jnp.float32)
-    scores = scores.reshape(B, K, N // K, T, S) * call.scale
-    mask_BTS = _visible(q, kv, call.causal, call.window)
-    if mask_BTS is not None:
-        scores = jnp.where(mask_BTS[:, None, None], scores, MASKED)
-    # Without any visible key the maximum is MASKED: the floor then makes every weight 0, and so the result.
-    highest = jnp.maximum(jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)), MASKED / 2)
-    weights = jnp.exp(scores - highest)
-    total = jnp.sum(weights, axis=-1, keepdims=True)  # at least 1 where a key is seen, or 0
-    weights_BKRS = weights.astype(v_BSKH.dtype).reshape(B, K, -1, S)
-    y = jnp.einsum("BKRS,BSKH->BKRH", weights_BKRS, v_BSKH, preferred_element_type=jnp.float32)
-    y = (y.reshape(B, K, N // K, T, H) / jnp.maximum(total, 0.5)).astype(q_BTNH.dtype)
-    return y.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
-
-
-def _xla(q_BTNH, k_BSKH, v_BSKH, call: Call) -> jax.Array:
-    num_queries, num_keys = q_BTNH.shape[1], k_BSKH.shape[1]
-    if call.query_chunk is not None and call.query_chunk < num_queries:
-        return _xla_chunked(q_BTNH, k_BSKH, v_BSKH, call)
-    if not call.causal or call.offset is None or num_queries < 32 * NUM_BLOCKS:
-        return _attend(q_BTNH, k_BSKH, v_BSKH, call.q, call.kv, call)
-    # Blocks of queries against the keys up to their end: 5/8 of the scores of the whole square with 4 blocks.
-    block, out = -(-num_queries // NUM_BLOCKS), []
-    for start in range(0, num_queries, block):
-        stop = min(start + block, num_queries)
-        last = min(call.offset + stop, num_keys)
-        first = 0
-        if call.window is not None and call.q.positions is None:
-            first = min(max(call.offset + start - call.window + 1, 0), last - 1)
-        out.append(_attend(_cut(q_BTNH, start, stop), *_cut((k_BSKH, v_BSKH), first, last),
-                           _cut(call.q, start, stop), _cut(call.kv, first, last), call))
-    return jnp.concatenate(out, axis=1)
-
-
-def _xla_chunked(q_BTNH, k_BSKH, v_BSKH, call: Call) -> jax.Array:
-    """`query_chunk` queries at a time; the last chunk is filled up and its surplus cut off."""
-    num_queries, size = q_BTNH.shape[1], call.query_chunk
-    num_chunks = -(-num_queries // size)
-
-    def split(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (0, num_chunks * size - num_queries)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], num_chunks, size, *x.shape[2:]), 1, 0)
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)  # a loop body is not merged with its recomputation
-    def one(chunk: tuple[jax.Array, Labels]) -> jax.Array:
-        return _attend(chunk[0], k_BSKH, v_BSKH, chunk[1], call.kv, call)
-
-    y = jnp.moveaxis(jax.lax.map(one, jax.tree.map(split, (q_BTNH, call.q))), 0, 1)
-    return y.reshape(y.shape[0], num_chunks * size, *y.shape[3:])[:, :num_queries]
-
-
-def _splash(q_BTNH, k_BSKH, v_BSKH, call: Call, interpret: bool = False) -> jax.Array:
-    """The block-sparse flash kernel of jax, per shard of batch and heads when the context has a mesh."""
-    length, window = q_BTNH.shape[1], call.window
-    size = next(size for size in (512, 256, 128) if length % size == 0)
-    blocks = splash.BlockSizes(**dict.fromkeys(
-        ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"), size))
-    if window is not None:
-        mask = splash.LocalMask((length, length), (window - 1, 0 if call.causal else window - 1), 0)
-    else:
-        mask = (splash.CausalMask if call.causal else splash.FullMask)((length, length))
-
-    def local(q_BTNH, k_BSKH, v_BSKH, segments_BT):
-        kernel = splash.make_splash_mha(
-            splash.MultiHeadMask([mask] * q_BTNH.shape[2]), block_sizes=blocks, head_shards=1, q_seq_shards=1,
-            interpret=interpret)
-        scaled = (q_BTNH.astype(jnp.float32) * call.scale).astype(q_BTNH.dtype)  # the kernel does not scale
-        segments = None if segments_BT is None else splash.SegmentIds(segments_BT, segments_BT)
-        q_BNTH, k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (scaled, k_BSKH, v_BSKH))
-        return jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, segments).transpose(0, 2, 1, 3)
-
-    # The compiler cannot split a kernel, so each device is given its part.
-    if not jax.sharding.get_abstract_mesh().empty:
-        local = jax.shard_map(local, in_specs=(HEADS, HEADS, HEADS, P(*HEADS[:2])), out_specs=HEADS, check_vma=False)
-    return local(q_BTNH, k_BSKH, v_BSKH, call.q.segments)
-
-
-def _splash_obstacle(case: Case) -> str | None:
-    if case.platform != "tpu":
-        return f"runs on TPU, not on {case.platform}"
-    if case.query_chunk is not None:
-        return "ignores query_chunk: leave it None"
-    if case.decoding or case.q_len != case.kv_len:
-        return "needs queries and keys of the same tokens, not decoding with a cache"
-    if case.q_len % 128:
-        return f"needs a length that divides by 128, got {case.q_len}"
-    if case.window is not None and case.positions:
-        return "takes a window by index, and cannot know that given positions follow the index: leave positions out"
-    return None
-
-
-def _cudnn(q_BTNH, k_BSKH, v_BSKH, call: Call) -> jax.Array:
-    """cuDNN's flash attention. What it has no argument for becomes a mask, [B, 1, T, S] in 16 bits."""
-    mask, window = None, None
-    if _needs_mask(call.q.segments is not None, call.q.positions is not None, call.causal, call.window):
-        mask = _visible(call.q, call.kv, call.causal, call.window)
-        mask = jnp.broadcast_to(mask[:, None], (q_BTNH.shape[0], 1, *mask.shape[1:]))
-    elif call.window is not None:
-        window = (call.window - 1, 0)
-    return jax.nn.dot_product_attention(
-        q_BTNH, k_BSKH, v_BSKH, mask=mask, scale=call.scale, is_causal=call.causal, local_window_size=window,
-        implementation="cudnn")
-
-
-def _needs_mask(segments: bool, positions: bool, causal: bool, window: int | None) -> bool:
-    return segments or (window is not None and (positions or not causal))
-
-
-def _cudnn_obstacle(case: Case) -> str | None:
-    if case.platform not in ("gpu", "cuda"):
-        return f"runs on NVIDIA GPUs, not on {case.platform}"
-    if case.dtype not in ("bfloat16", "float16"):
-        return f"computes in bfloat16 or float16, not in {case.dtype}"
-    if case.query_chunk is not None:
-        return "ignores query_chunk: leave it None"
-    if case.decoding or case.q_len != case.kv_len:
-        return "needs queries and keys of the same tokens, not decoding with a cache"
-    if case.head_dim > 128 or case.head_dim % 8:
-        return f"needs a head dimension up to 128 that divides by 8, got {case.head_dim}"
-    if case.q_len % 2 and _needs_mask(case.segments, case.positions, case.causal, case.window):
-        return f"needs an even length with segments or a masked window, got {case.q_len}"
-    return None
-
-
 class Backend(NamedTuple):
     """One way to compute attention."""
 
@@ -325,7 +151,9 @@ class Backend(NamedTuple):
 
 
 BACKENDS = {
-    "xla": Backend(_xla, lambda case: None),
-    "splash": Backend(_splash, _splash_obstacle),
-    "cudnn": Backend(_cudnn, _cudnn_obstacle),
+    "xla": Backend(xla, lambda case: None),
+    "splash": Backend(splash, splash_obstacle),
+    "cudnn": Backend(cudnn, cudnn_obstacle),
+    "cudnn_packed": Backend(cudnn_packed, cudnn_packed_obstacle),
+    "triton": Backend(triton, triton_obstacle),
 }

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Activation = Literal["silu", "gelu_tanh"]
-Backend = Literal["auto", "xla", "splash", "cudnn"]
+Backend = Literal["auto", "xla", "splash", "cudnn", "cudnn_packed", "triton"]  # see `attention.resolve_backend`
 RematPolicy = Literal["none", "full", "dots", "dots_no_batch"]
 
 
