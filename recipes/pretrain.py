@@ -6,6 +6,7 @@ intra-document mask, AdamW with warmup-stable-decay, held-out bits per byte and 
     python -m recipes.pretrain --preset smoke                      embedded data, 2 CPU cores, about 2 minutes
     python -m recipes.pretrain --preset smoke --data.path my.jsonl.gz --optim.lr 1e-3
     python -m recipes.pretrain --config runs/pretrain/config.json --resume
+    python -m recipes.pretrain --preset kormo_10b --plan v5p:4x4x8   what a step costs on a pod that is not here
 
 Results and exact commands: docs/results.md. Left out: KORMo's data and the stages after stage 1.
 """
@@ -20,8 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jaxlm.core import config as flags
 from jaxlm.core import distributed
@@ -29,12 +31,12 @@ from jaxlm.core.batch import LMBatch
 from jaxlm.core.distributed import DistributedConfig, agree, barrier, is_primary
 from jaxlm.core.log import MetricLog, human_count, setup_logging
 from jaxlm.core.masked import Mean, aggregate
-from jaxlm.core.mesh import MeshConfig, data_shard, make_mesh
+from jaxlm.core.mesh import BATCH, MeshConfig, data_shard, make_mesh
 from jaxlm.core.rng import derive
 from jaxlm.core.tree import count_parameters
+from jaxlm.data.corpus import CorpusConfig, open_corpus
 from jaxlm.data.examples import excluded_ids
 from jaxlm.data.pipeline import Batches, PipelineConfig, make_pipeline, resolve_shards
-from jaxlm.data.sources import open_source, parse_source
 from jaxlm.data.tokenizer import Tokenizer, check_vocabulary, save_tokenizer, tokenizer_from_files
 from jaxlm.data.tokenizer_training import TokenizerConfig, make_tokenizer
 from jaxlm.eval.held_out import Evaluation, make_evaluation
@@ -49,26 +51,17 @@ from jaxlm.objective.lm import chunked_cross_entropy
 from jaxlm.optim.optimizer import OptimConfig, make_optimizer
 from jaxlm.optim.schedule import ScheduleConfig, make_schedule
 from jaxlm.train.checkpoint import CheckpointConfig, Checkpointer, saved_run
+from jaxlm.train.chips import parse_topology
 from jaxlm.train.curves import plot_curves
 from jaxlm.train.folder import check_folder, check_resumable, clear_folder
 from jaxlm.train.loop import LoopConfig, NonFiniteError, fit
 from jaxlm.train.measure import Ledger, peak_flops
+from jaxlm.train.plan import Work, plan_report
 from jaxlm.train.state import TrainState, abstract_state, init_state, place_leaf, state_of
-from jaxlm.train.step import Loss, check_batch, make_step
+from jaxlm.train.step import Loss, Step, check_batch, make_step
 
 PROG = "recipes.pretrain"
 log = logging.getLogger(PROG)  # as a module with flags, this file is called __main__
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What is read. A source is `path?option=value&...`; see README, "Data"."""
-
-    path: tuple[str, ...] = ("sample:ko?documents=20000", "sample:en?documents=20000")
-    held_out: tuple[str, ...] = (  # bits per byte are measured on these, by language
-        "sample:ko?documents=100&split=held_out", "sample:en?documents=100&split=held_out")
-    max_bad_rows: int = 0                # rows of one source that may be unreadable
-    never_predict: tuple[str, ...] = ()  # symbols that are input but no target; KORMo: <think>
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +82,7 @@ class Config:
 
     model: ModelConfig
     compute: ComputeConfig = field(default_factory=ComputeConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    data: CorpusConfig = field(default_factory=CorpusConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -106,12 +99,13 @@ class Config:
     folder: Path = Path("runs/pretrain")
     resume: bool = False       # continue the run in `folder` from its last complete checkpoint
     overwrite: bool = False    # delete the run in `folder` first
+    plan: str = ""             # compile the step for TPUs that are not here (v5p:4x4x8), print what it costs, and stop
 
 
 _KORMO = Config(
     model=MODELS["kormo_1b"],
     compute=ComputeConfig(dtype="bfloat16", remat="dots_no_batch"),
-    data=DataConfig(never_predict=("<think>",)),
+    data=CorpusConfig(never_predict=("<think>",)),
     pipeline=PipelineConfig(batch_size=1024, seq_len=4096, boundary_targets=True, reset_positions=False, workers=8),
     optim=OptimConfig(lr=1e-3),  # warm-up, then constant: decay belongs to later stages
     mesh=MeshConfig(data=1, fsdp=-1),
@@ -170,8 +164,6 @@ def check(config: Config, mesh: Mesh) -> None:
     if config.loss_chunks < 1 or seq_len % (config.loss_chunks * context):
         raise ValueError(f"loss_chunks {config.loss_chunks} times mesh.context {context} does not divide "
                          f"pipeline.seq_len {seq_len}")
-    if not config.data.held_out:
-        raise ValueError("evaluation needs data.held_out, at least one source")
 
 
 class Prepared(NamedTuple):
@@ -190,7 +182,7 @@ class Prepared(NamedTuple):
 def attention_backend(config: Config, mesh: Mesh) -> str:
     """The backend of the training step; ValueError if the one asked for cannot compute it exactly."""
     return resolve_backend(
-        config.compute.attention, platform=jax.default_backend(), dtype=config.compute.dtype,
+        config.compute.attention, platform=mesh.devices.flat[0].platform, dtype=config.compute.dtype,
         head_dim=config.model.head_dim, q_len=config.pipeline.seq_len, segments=True, positions=True,
         window=config.model.window, query_chunk=config.compute.query_chunk, context=mesh.shape["context"])
 
@@ -222,7 +214,7 @@ def resumed(config: Config) -> tuple[Config, dict[str, bytes]]:
 
 def lasting(config: Config) -> Config:
     """The part of a configuration that describes the run, not this start of it."""
-    return replace(config, resume=False, overwrite=False, distributed=DistributedConfig())
+    return replace(config, resume=False, overwrite=False, plan="", distributed=DistributedConfig())
 
 
 def prepare(config: Config) -> Prepared:
@@ -232,28 +224,19 @@ def prepare(config: Config) -> Prepared:
     """
     check_folder(config.folder, resume=config.resume, overwrite=config.overwrite)
     config = adopt_model(config)
-    data = config.data
-    paths, held_out_paths = ([parse_source(spec) for spec in specs] for specs in (data.path, data.held_out))
-    for path in held_out_paths:
-        if path.weight != 1:
-            raise ValueError(f"data.held_out {path.path}: weight has an effect on training sources only")
     mesh = make_mesh(config.mesh)
     check(config, mesh)
     if config.resume:
         config, files = resumed(config)
     loader, loaders = data_shard(mesh)
     config = replace(config, pipeline=resolve_shards(config.pipeline, loaders))
-    sources, held_out = ([open_source(path, max_bad_rows=data.max_bad_rows) for path in paths]
-                         for paths in (paths, held_out_paths))
+    sources, held_out = open_corpus(config.data)
     tokenizer = (tokenizer_from_files(files) if config.resume else
                  make_tokenizer(config.tokenizer, sources, config.model.vocab_size))
     check_vocabulary(tokenizer, config.model.vocab_size)
-    excluded = excluded_ids(tokenizer, data.never_predict)
+    excluded = excluded_ids(tokenizer, config.data.never_predict)
     batches = make_pipeline(sources, tokenizer, config.pipeline, excluded=excluded, seed=config.seed,
                             loader=loader, loaders=loaders)
-    for source in (*sources, *held_out):
-        log.info("%s: %d documents, weight %g, dropped: %s", source.config.path, len(source), source.config.weight,
-                 ", ".join(f"{count} {reason}" for reason, count in source.dropped.items()))
     log.info("tokenizer: %d tokens, fingerprint %.12s", tokenizer.vocab_size, tokenizer.fingerprint())
     model = build(config.model, config.compute)
     loss = make_loss(model, chunks=config.loss_chunks)
@@ -302,12 +285,17 @@ def start(run: Prepared, checkpointer: Checkpointer) -> TrainState:
     return init_state(model.init, tx, derive(config.seed, "init"), mesh, PARAM_RULES)
 
 
+def step_of(config: Config, model: Model, tx: optax.GradientTransformation, mesh: Mesh) -> Step:
+    """The training step of a configuration."""
+    schedule = make_schedule(config.optim.schedule, config.optim.lr, config.loop.steps)
+    loss = make_loss(model, z_loss=config.z_loss, chunks=config.loss_chunks)
+    return make_step(loss, tx, schedule, mesh=mesh, rules=PARAM_RULES, accumulate=config.accumulate, seed=config.seed)
+
+
 def train(run: Prepared, ledger: Ledger) -> None:
     """Runs to the end, or to a signal."""
     config, mesh, model, tx = run[:4]
-    schedule = make_schedule(config.optim.schedule, config.optim.lr, config.loop.steps)
-    loss = make_loss(model, z_loss=config.z_loss, chunks=config.loss_chunks)
-    step = make_step(loss, tx, schedule, mesh=mesh, rules=PARAM_RULES, accumulate=config.accumulate, seed=config.seed)
+    step = step_of(config, model, tx, mesh)
     checkpointer = Checkpointer(
         config.folder, config.checkpoint, flags.to_json(lasting(config)), run.tokenizer.files())
     state = start(run, checkpointer)
@@ -317,8 +305,8 @@ def train(run: Prepared, ledger: Ledger) -> None:
              human_count(count_parameters(state.params)),
              human_count(config.pipeline.batch_size * config.pipeline.seq_len), dict(mesh.shape), jax.process_count(),
              config.pipeline.shards)
-    log.info("%s attention in %s; MFU: %s FLOPs a token, peak %s", attention_backend(config, mesh), config.compute.dtype,
-             human_count(per_token), peak_text)
+    log.info("%s attention in %s; MFU: %s FLOPs a token, peak %s", attention_backend(config, mesh),
+             config.compute.dtype, human_count(per_token), peak_text)
     with contextlib.ExitStack() as stack:
         metric_log = MetricLog(config.folder, active=is_primary())
         for part in (run.batches, metric_log, checkpointer):
@@ -331,11 +319,33 @@ def train(run: Prepared, ledger: Ledger) -> None:
     log.info("run folder: %s", config.folder)
 
 
+def step_program(config: Config, mesh: Mesh, accumulate: int) -> tuple[Step, tuple[TrainState, LMBatch]]:
+    """The training step and the shapes of its arguments, on devices that need not be here."""
+    config = replace(config, accumulate=accumulate)
+    check(config, mesh)
+    model, tx = build(config.model, config.compute), make_optimizer(config.optim, config.loop.steps)
+    leaf = partial(jax.ShapeDtypeStruct, (config.pipeline.batch_size, config.pipeline.seq_len),
+                   sharding=NamedSharding(mesh, BATCH))
+    ids, mask = leaf(dtype=jnp.int32), leaf(dtype=jnp.float32)
+    batch = LMBatch(tokens=ids, targets=ids, loss_mask=mask, segments=ids, positions=ids)
+    return step_of(config, model, tx, mesh), (abstract_state(model.init, tx, mesh, PARAM_RULES), batch)
+
+
+def step_work(config: Config) -> Work:
+    """What a step of the configuration is for."""
+    tokens = config.pipeline.batch_size * config.pipeline.seq_len
+    return Work(tokens=tokens, model_flops=tokens * flops_per_token(config.model, config.pipeline.seq_len))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     ledger = Ledger()
     config = flags.parse(PRESETS, argv, prog=PROG, description=__doc__)
     try:
+        if config.plan:
+            plan_report(partial(step_program, config), parse_topology(config.plan), config.mesh, config.accumulate,
+                        step_work(config), print)
+            return
         distributed.start(config.distributed)
         setup_logging(jax.process_index())
         train(prepare_together(config), ledger)

@@ -65,7 +65,7 @@ def test_parameter_count_of_features(change):
 def test_every_parameter_has_a_sharding(name):
     config = MODELS[name]
     tensor = 2 if config.num_kv_heads % 2 == 0 else 1
-    mesh = AbstractMesh((2, 4 // tensor, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = AbstractMesh((2, 4 // tensor, 1, tensor), AXES, axis_types=(AxisType.Auto,) * 4)
     params = abstract_params(config)
     for path, sharding in named_leaves(tree_shardings(params, PARAM_RULES, mesh)).items():
         shape = named_leaves(params)[path].shape
@@ -83,7 +83,7 @@ def test_every_rule_matches_one_kind_of_parameter():
 
 
 def test_optimizer_moments_are_split_like_their_parameters():
-    mesh = AbstractMesh((2, 2, 2), AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = AbstractMesh((2, 2, 1, 2), AXES, axis_types=(AxisType.Auto,) * 4)
     params = abstract_params(MODELS["tiny"])
     moments = tree_shardings({"opt_state": {"mu": params}}, PARAM_RULES, mesh)
     assert moments["opt_state"]["mu"] == tree_shardings(params, PARAM_RULES, mesh)
