@@ -54,7 +54,7 @@ from jaxlm.train.checkpoint import CheckpointConfig, Checkpointer, saved_run
 from jaxlm.train.chips import parse_topology
 from jaxlm.train.curves import plot_curves
 from jaxlm.train.folder import check_folder, check_resumable, clear_folder
-from jaxlm.train.loop import LoopConfig, NonFiniteError, fit
+from jaxlm.train.loop import STOPPED, LoopConfig, NonFiniteError, fit
 from jaxlm.train.measure import Ledger, peak_flops
 from jaxlm.train.plan import Work, plan_report
 from jaxlm.train.state import TrainState, abstract_state, init_state, place_leaf, state_of
@@ -292,8 +292,8 @@ def step_of(config: Config, model: Model, tx: optax.GradientTransformation, mesh
     return make_step(loss, tx, schedule, mesh=mesh, rules=PARAM_RULES, accumulate=config.accumulate, seed=config.seed)
 
 
-def train(run: Prepared, ledger: Ledger) -> None:
-    """Runs to the end, or to a signal."""
+def train(run: Prepared, ledger: Ledger) -> bool:
+    """Runs to the end (True), or to a signal."""
     config, mesh, model, tx = run[:4]
     step = step_of(config, model, tx, mesh)
     checkpointer = Checkpointer(
@@ -311,12 +311,14 @@ def train(run: Prepared, ledger: Ledger) -> None:
         metric_log = MetricLog(config.folder, active=is_primary())
         for part in (run.batches, metric_log, checkpointer):
             stack.callback(part.close)
-        fit(state, step, run.batches, mesh=mesh, config=config.loop, checkpointer=checkpointer, metric_log=metric_log,
+        _, finished = fit(
+            state, step, run.batches, mesh=mesh, config=config.loop, checkpointer=checkpointer, metric_log=metric_log,
             ledger=ledger, flops_ratio=per_token / (peak * mesh.size), evaluate=run.evaluate)
     log.info("data: %s", ", ".join(f"{name} {value:.3g}" for name, value in run.batches.stats().items()))
     if is_primary():
         plot_curves(config.folder / "metrics.jsonl", config.folder / "curves.png")
     log.info("run folder: %s", config.folder)
+    return finished
 
 
 def step_program(config: Config, mesh: Mesh, accumulate: int) -> tuple[Step, tuple[TrainState, LMBatch]]:
@@ -346,9 +348,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             plan_report(partial(step_program, config), parse_topology(config.plan), config.mesh, config.accumulate,
                         step_work(config), print)
             return
+        setup_logging(config.distributed.process_id or 0)
         distributed.start(config.distributed)
         setup_logging(jax.process_index())
-        train(prepare_together(config), ledger)
+        if not train(prepare_together(config), ledger):
+            raise SystemExit(STOPPED)
     except (ValueError, OSError, NonFiniteError) as error:
         flags.fail(error, PROG)
     finally:

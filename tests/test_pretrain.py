@@ -103,7 +103,7 @@ def test_kill_9_and_resume_is_bit_identical(tmp_path, corpus, packing):
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
-def test_sigterm_saves_and_exits_cleanly(tmp_path, corpus):
+def test_sigterm_saves_and_asks_to_be_started_again(tmp_path, corpus):
     arguments = flags(tmp_path / "run", corpus, 5000, "--checkpoint.every", "4000")
     process = start(*arguments)
     for line in process.stdout:
@@ -111,7 +111,7 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path, corpus):
             process.send_signal(signal.SIGTERM)
             break
     _, err = process.communicate()
-    assert process.returncode == 0, err
+    assert process.returncode == 75, err
     stopped = int(re.search(r"stopped by a signal at step (\d+)", err)[1])
     assert (tmp_path / f"run/checkpoints/{stopped}").is_dir()
     main([*arguments, "--loop.steps", str(stopped + 1), "--resume"])

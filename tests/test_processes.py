@@ -113,7 +113,7 @@ def test_a_killed_process_ends_the_other_and_two_continue_on_another_mesh(tmp_pa
     reach(processes[0], 6)
     processes[1].send_signal(signal.SIGTERM)
     codes, _, errors = finish(processes)
-    assert codes == [0, 0], errors
+    assert codes == [75, 75], errors
     found = losses(folder)
     assert {step: found[step] for step in range(1, 6)} == {step: losses(whole)[step] for step in range(1, 6)}
     stopped = saved_steps(folder / "checkpoints")[0]

@@ -19,6 +19,8 @@ from jaxlm.train.step import Metrics, Step
 
 log = logging.getLogger(__name__)
 
+STOPPED = 75  # exit status of a run that a signal ended: EX_TEMPFAIL of sysexits.h, for schedulers to start it again
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
