@@ -4,10 +4,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxlm.core.mesh import constrain
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul(x: jax.Array, w: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def matmul(x: jax.Array, w: jax.Array, dtype: jnp.dtype | None = None, layout: P | None = None) -> jax.Array:
     """`x @ w`: [..., K] times [K, N] to [..., N] in `dtype` (default: that of x).
 
     Operands are multiplied in the type of x and summed in float32. The gradient of w keeps the type of w: with
@@ -15,21 +18,30 @@ def matmul(x: jax.Array, w: jax.Array, dtype: jnp.dtype | None = None) -> jax.Ar
 
     Written out because JAX transposes the product for w into (gᵀx)ᵀ, for which XLA on CPU copies g to the other
     layout inside the fusion that makes it; xᵀg takes half the time there and is the same product elsewhere.
+
+    Args:
+      layout: how w lies while it is multiplied, on the mesh of the context. It is gathered to this layout after the
+        cast to the type of x; without it the TPU compiler may split the product instead, and add its float32 parts.
     """
-    y = jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())),
+    y = jax.lax.dot_general(x, _operand(x, w, layout), (((x.ndim - 1,), (0,)), ((), ())),
                             preferred_element_type=jnp.float32)
     return y.astype(dtype or x.dtype)
 
 
-def _forward(x: jax.Array, w: jax.Array, dtype: jnp.dtype | None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return matmul(x, w, dtype), (x, w)
+def _operand(x: jax.Array, w: jax.Array, layout: P | None) -> jax.Array:
+    w = w.astype(x.dtype)
+    return w if layout is None else constrain(w, layout)
 
 
-def _backward(dtype: jnp.dtype | None, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple:
+def _forward(x: jax.Array, w: jax.Array, dtype: jnp.dtype | None, layout: P | None) -> tuple[jax.Array, tuple]:
+    return matmul(x, w, dtype, layout), (x, w)
+
+
+def _backward(dtype: jnp.dtype | None, layout: P | None, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple:
     x, w = saved
     g, last = g.astype(x.dtype), x.ndim - 1
     rows = tuple(range(last))  # contracted as they are: merged, rows and time split over a mesh would be gathered first
-    dx = jax.lax.dot_general(g, w.astype(x.dtype), (((last,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    dx = jax.lax.dot_general(g, _operand(x, w, layout), (((last,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     dw = jax.lax.dot_general(x, g, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 

@@ -59,10 +59,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
                          f"may span; use a multiple of {num_slices}")
     shape, kinds = tuple(sizes.values()), (AxisType.Auto,) * len(AXES)
     if num_slices == 1:
-        return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
+        # An axis of the mesh may take a part of an axis of the torus, as data 2 of v5p:4x4x8 does.
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(placed, AXES, axis_types=kinds)
     across = (num_slices,) + (1,) * (len(AXES) - 1)
     within = (sizes["data"] // num_slices, *shape[1:])
-    return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=kinds)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(
+        within, across, devices, allow_split_physical_axes=True), AXES, axis_types=kinds)
 
 
 def _wrong_count(sizes: dict[str, int], free: list[str], taken: int, count: int) -> str:

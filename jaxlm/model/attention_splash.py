@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.model.attention_call import Call, Case, per_device, split_mesh
+from jaxlm.model.layers import PRODUCT
 
 
 def splash(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, call: Call, interpret: bool = False) -> jax.Array:
@@ -27,6 +28,7 @@ def splash(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, call: Call, 
     heads = q_BTNH.shape[2] if mesh is None else q_BTNH.shape[2] // mesh.shape["tensor"]
     kernel = kernels.make_splash_mha(  # every head has the same mask, so the heads of one device stand for all
         kernels.MultiHeadMask([mask] * heads), block_sizes=blocks, head_shards=1, q_seq_shards=parts,
+        residual_checkpoint_name=PRODUCT,  # a remat policy that keeps products keeps its result too, and runs it once
         interpret=interpret)
     split = P(None, "context" if parts > 1 else None)
     spec = None if mesh is None else kernel.manual_sharding_spec(NamedSharding(mesh, split))

@@ -16,7 +16,7 @@ from jaxlm.model.layers import MLP, PRODUCT, Embedding, Linear, RMSNorm, rope_ta
 from jaxlm.model.partition import activations
 
 # What a layer keeps for its backward pass: `dots` the results of all products, `dots_no_batch` of those with weights,
-# and not of attention. None keeps everything, without `jax.checkpoint`.
+# and not of xla attention (splash's small result it keeps). None keeps everything, without `jax.checkpoint`.
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -81,7 +81,7 @@ class SelfAttention(nn.Module):
             q_positions=context.q_positions, kv_positions=context.kv_positions,
             q_offset=0 if context.offset is None else context.offset, window=c.window,
             backend=self.compute.attention, query_chunk=self.compute.query_chunk)
-        out = Linear((c.num_heads, c.head_dim), (c.d_model,), c.init_std, dtype, name="out")
+        out = Linear((c.num_heads, c.head_dim), (c.d_model,), c.init_std, dtype, split_inputs=True, name="out")
         return out(constrain(y_BTNH, layout)), cache
 
 

@@ -20,21 +20,26 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approx
 
 
 class Linear(nn.Module):
-    """A tensor product over the last axes of the input: [..., *inputs] to [..., *outputs]."""
+    """A tensor product over the last axes of the input: [..., *inputs] to [..., *outputs].
+
+    The mesh axis `tensor` splits the outputs, or the inputs if `split_inputs`.
+    """
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     init_std: float
     dtype: jnp.dtype
     use_bias: bool = False
+    split_inputs: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", nn.initializers.normal(self.init_std), self.inputs + self.outputs)
         lead = x.shape[: x.ndim - len(self.inputs)]
         fan_in, fan_out = math.prod(self.inputs), math.prod(self.outputs)
-        y = matmul(x.reshape(*lead, fan_in), kernel.reshape(fan_in, fan_out)).reshape(*lead, *self.outputs)
-        y = checkpoint_name(y, PRODUCT)
+        layout = P("tensor", None) if self.split_inputs else P(None, "tensor")
+        y = matmul(x.reshape(*lead, fan_in), kernel.reshape(fan_in, fan_out), layout=layout)
+        y = checkpoint_name(y.reshape(*lead, *self.outputs), PRODUCT)
         if not self.use_bias:
             return y
         # Rounded first and added in float32: the same sum, and its gradient over all tokens is not summed in bfloat16.
@@ -96,7 +101,7 @@ class MLP(nn.Module):
         up_BTF = Linear((c.d_model,), (c.d_ff,), c.init_std, self.dtype, name="up")(x_BTD)
         h_BTF = ACTIVATIONS[c.activation](gate_BTF) * up_BTF
         h_BTF = constrain(h_BTF, self.layout)
-        return Linear((c.d_ff,), (c.d_model,), c.init_std, self.dtype, name="down")(h_BTF)
+        return Linear((c.d_ff,), (c.d_model,), c.init_std, self.dtype, split_inputs=True, name="down")(h_BTF)
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:

@@ -5,8 +5,10 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from jaxlm.core.matmul import matmul
+from jaxlm.core.mesh import BATCH, ROWS
 
 
 class TokenLoss(NamedTuple):
@@ -49,9 +51,25 @@ def chunked_cross_entropy(
       num_chunks: must divide T.
     """
     chex.assert_rank([hidden, head, targets], [3, 2, 2])
+    if hidden.shape[1] % num_chunks:
+        raise ValueError(f"loss chunks: {num_chunks} does not divide the sequence length {hidden.shape[1]}")
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return _chunks(hidden, head, targets, num_chunks)
+
+    def local(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> TokenLoss:
+        return _chunks(hidden, jax.lax.all_gather(head, "fsdp", tiled=True), targets, num_chunks)
+
+    # By hand, so that the head is gathered once and its gradient reduced once, not chunk by chunk. `tensor` is left to
+    # the compiler.
+    return jax.shard_map(local, in_specs=(BATCH, P("fsdp"), BATCH), out_specs=BATCH, axis_names={*ROWS, "context"},
+                         check_vma=False)(hidden, head, targets)
+
+
+def _chunks(hidden: jax.Array, head: jax.Array, targets: jax.Array, num_chunks: int) -> TokenLoss:
+    """On one device, with the whole head."""
     batch, time, _ = hidden.shape
-    if time % num_chunks:
-        raise ValueError(f"loss chunks: {num_chunks} does not divide the sequence length {time}")
+
     def one(hidden: jax.Array, targets: jax.Array) -> TokenLoss:
         return cross_entropy(matmul(hidden, head, jnp.float32), targets)
 

@@ -1,13 +1,16 @@
 """TPU chips by their data sheets, and topologies of chips that are not here, for `jaxlm.train.plan`."""
 
+import contextlib
 import difflib
 import math
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxlm.train.measure import PEAK_FLOPS
 
@@ -61,7 +64,7 @@ def parse_topology(text: str) -> Topology:
     """
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?", text)
     if not match:
-        raise ValueError(f"topology '{text}' must be CHIP:SHAPE, or CHIP:SHAPE*SLICES, such as v5p:4x4x8 or v6e:16x16*2")
+        raise ValueError(f"topology '{text}' must be CHIP:SHAPE or CHIP:SHAPE*SLICES, such as v5p:4x4x8 or v6e:16x16*2")
     name, shape, slices = match[1], tuple(map(int, match[2].split("x"))), int(match[3] or 1)
     if name not in CHIPS:
         close = difflib.get_close_matches(name, CHIPS, n=1, cutoff=0.0)[0]
@@ -81,16 +84,32 @@ def parse_topology(text: str) -> Topology:
 
 
 def _devices(name: str, shape: tuple[int, ...], slices: int) -> tuple[jax.Device, ...]:
-    # libtpu looks for the host it runs on and complains at length; here is none, and no answer changes the compilation.
+    """The compile-only devices of libtpu, slice by slice."""
+    # libtpu takes this machine for a TPU host and complains at length that it cannot find its place among others. It
+    # also lets one process at a time hold the chips, with a lock file; none are held here.
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     options = {"num_slices": slices} if slices > 1 else {}
     if math.prod(shape) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         devices = topologies.get_topology_desc(name, "tpu", **options).devices
-    except jax.errors.JaxRuntimeError as error:
-        if "not found" in str(error) or "libtpu" in str(error) and "open" in str(error):
-            raise ValueError("planning needs the TPU compiler: pip install 'jaxlm[plan]'") from error
+    except RuntimeError as error:
+        if "not installed" in str(error):
+            raise ValueError("planning needs the TPU compiler (no TPU): pip install 'jaxlm[plan]'") from error
         raise ValueError(f"topology '{name}' is refused by libtpu: {str(error).splitlines()[0]}") from error
     return tuple(sorted(devices, key=lambda device: (getattr(device, "slice_index", None) or 0, device.id)))
+
+
+@contextlib.contextmanager
+def without_disk_cache() -> Iterator[None]:
+    """Leaves the compile cache alone: JAX writes there what it compiles for absent devices, and cannot read it."""
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # whether it is used is asked once
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()

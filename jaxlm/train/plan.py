@@ -7,7 +7,6 @@ chip, bytes at the bandwidth of HBM and links, each alone and all overlapped. A 
 
 import itertools
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxlm.core.mesh import AXES, MeshConfig, make_mesh
-from jaxlm.train.chips import Topology
+from jaxlm.train.chips import Topology, without_disk_cache
 from jaxlm.train.plan_cost import count_cost
 from jaxlm.train.plan_network import Exchange, exchanges, network_seconds
 
@@ -97,10 +96,10 @@ def plan_step(program: Program, topology: Topology, config: MeshConfig, accumula
     _check_arguments(argument_bytes(arguments), topology)
     start = time.perf_counter()
     try:
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), without_disk_cache():
             compiled = step.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
-        raise _too_large(str(error), topology) from None
+        raise refusal(str(error), topology) from None
     seconds = time.perf_counter() - start
     memory, cost = compiled.memory_analysis(), count_cost(compiled.as_text())
     chip, (ici, dcn) = topology.chip, network_seconds(cost.collectives, mesh, topology)
@@ -126,7 +125,7 @@ def _check_arguments(size: int, topology: Topology) -> None:
                             f"{gib(topology.chip.hbm)}", size, 0)
 
 
-def _too_large(message: str, topology: Topology) -> Exception:
+def refusal(message: str, topology: Topology) -> Exception:
     """The compiler's refusal in one sentence; what is no refusal for memory is returned as it came."""
     if "RESOURCE_EXHAUSTED" not in message:
         return jax.errors.JaxRuntimeError(message)
@@ -142,8 +141,8 @@ def _too_large(message: str, topology: Topology) -> Exception:
 # ---- the nearest mesh that fits
 
 def nearest_fit(program: Program, topology: Topology, config: MeshConfig, accumulate: int, work: Work,
-                refusal: TooLargeError, report: Callable[[str], None]) -> Plan | None:
-    """The first mesh on the same chips that fits, from the nearest to what was asked; None when none of those tried does.
+                refused: TooLargeError, report: Callable[[str], None]) -> Plan | None:
+    """The first mesh on the same chips that fits, from the nearest to what was asked; None when none tried does.
 
     Distance counts doublings and halvings of axes and of `accumulate`. A candidate is skipped when it does not divide
     or when its arguments, with the temporaries that were refused scaled to its micro-batches, exceed the memory.
@@ -152,12 +151,12 @@ def nearest_fit(program: Program, topology: Topology, config: MeshConfig, accumu
     compiled = 0
     for sizes, micro in _candidates(asked, accumulate, topology.slices):
         candidate = MeshConfig(**dict(zip(AXES, sizes, strict=True)))
-        expected = refusal.temporaries * accumulate / micro
+        expected = refused.temporaries * accumulate / micro
         if expected > topology.chip.hbm:
             continue
         try:
             _, arguments = program(make_mesh(candidate, topology.devices), micro)
-        except ValueError:
+        except (ValueError, NotImplementedError):  # the latter: the torus has no such rings
             continue
         if expected + argument_bytes(arguments) > topology.chip.hbm:
             continue
@@ -215,8 +214,8 @@ def render(plan: Plan) -> str:
     lines = [
         f"{plan.topology.text}, {chips} x {chip.kind}; {describe(plan.mesh, plan.accumulate)}; compiled in "
         f"{plan.compile_seconds:.0f} s. Per chip:",
-        f"  arguments    {gib(plan.arguments):>12}   state and batch; {gib(plan.reused)} of {gib(plan.outputs)} results "
-        "take their place",
+        f"  arguments    {gib(plan.arguments):>12}   state and batch; {gib(plan.reused)} of {gib(plan.outputs)} "
+        "results take their place",
         f"  temporaries  {gib(plan.temporaries):>12}",
         f"  program      {gib(plan.program):>12}",
         f"  peak         {gib(plan.peak):>12}   of {gib(chip.hbm)} ({plan.peak / chip.hbm:.0%})",
@@ -228,8 +227,8 @@ def render(plan: Plan) -> str:
     lines += [f"    {row.kind:18} {row.axes:12} {row.network}  {row.count:7d} x, {row.bytes / 1e9:10.2f} GB"
               for row in plan.exchanges]
     total = sum(plan.seconds.values())
-    lines.append(f"Step: at least {plan.step_seconds:.3f} s, bound by {plan.bound} ({total:.3f} s if nothing overlapped)"
-                 f"; MFU at most {plan.mfu:.1%}, {plan.work.tokens / plan.step_seconds:,.0f} tokens/s.")
+    lines.append(f"Step: at least {plan.step_seconds:.3f} s, bound by {plan.bound} ({total:.3f} s if nothing "
+                 f"overlapped); MFU at most {plan.mfu:.1%}, {plan.work.tokens / plan.step_seconds:,.0f} tokens/s.")
     if plan.uncounted:
         lines.append(f"Not counted: {', '.join(plan.uncounted)}.")
     return "\n".join(lines)

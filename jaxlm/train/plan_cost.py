@@ -129,17 +129,17 @@ def _hbm(arrays: tuple[Array, ...]) -> float:
 
 
 def _own_bytes(i: Instruction, operands: list[Instruction]) -> float:
-    if i.op.removesuffix("-start") in ("copy", "collective-permute") and i.op.endswith("-start"):
-        return _hbm(i.arrays[:2])  # (target, source, flags)
     if i.op == "custom-call" and "AllocateBuffer" in i.rest:
         return 0
+    if i.op in ("copy-start", "collective-permute-start"):
+        return _hbm(i.arrays[:2])  # (target, source, flags)
     if i.op in _SLICES:
         return _hbm(i.arrays) * (2 if operands[0].arrays[0].space == 0 else 1)
     if i.op == "dynamic-update-slice":
         return (_hbm(i.arrays) > 0) * operands[1].arrays[0].bytes + _hbm(operands[1].arrays)
-    written = 0 if i.op.endswith("-start") else _hbm(i.arrays)  # a start's tuple names its operands again
-    return written + sum(_hbm(operand.arrays) for operand in operands) + (
-        sum(array.bytes for array in i.arrays[len(operands):] if array.space == 0) if i.op.endswith("-start") else 0)
+    # The tuple of a start names its operands again before its results.
+    results = i.arrays[len(operands):] if i.op.endswith("-start") else i.arrays
+    return _hbm(results) + sum(_hbm(operand.arrays) for operand in operands)
 
 
 def _fusion_bytes(module: Module, computation: Computation, fusion: Instruction) -> float:
@@ -158,7 +158,7 @@ def _fusion_bytes(module: Module, computation: Computation, fusion: Instruction)
 
 
 def _read(module: Module, computation: Computation, name: str) -> float:
-    """Bytes of value `name` that a fused computation reads."""
+    """Bytes of value `name` that a fused computation reads; infinite: all of it."""
     total = 0.0
     for user in computation.instructions.values():
         if name not in user.operands:
@@ -180,7 +180,7 @@ def _read(module: Module, computation: Computation, name: str) -> float:
 
 
 def _written(module: Module, computation: Computation, result: Instruction) -> float:
-    """Bytes that a result of a fused computation writes: an update in place writes the update."""
+    """Bytes that a result of a fused computation writes, an update in place only the update; infinite: all of it."""
     while result.op in _ALIKE:
         result = computation.instructions[result.operands[0]]
     if result.op == "dynamic-update-slice":
@@ -229,10 +229,10 @@ def _valid_positions(size: int, window: int, out: int, pad: int, stride: int, di
 
 
 def _kernel_flops(i: Instruction, operands: list[Instruction]) -> float | None:
-    """Of a Pallas kernel: its own estimate, or for splash attention the blocks that the mask leaves.
+    """Of a Pallas kernel: its own estimate, or for splash attention the blocks that the mask leaves, computed whole.
 
-    The block mask of splash is [1, rows, columns] int8, with fewer columns under a window; a causal row i has
-    `min(i + 1, columns)` blocks. Without it every pair is visible. Blocks are computed whole, masked or not.
+    A kernel with a list of blocks (int8 operands) is taken as causal, with fewer columns in the list under a window;
+    one without sees every pair. Where time is split over devices, this is the last, which sees most.
     """
     estimate = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', i.rest)
     if estimate:
@@ -242,19 +242,22 @@ def _kernel_flops(i: Instruction, operands: list[Instruction]) -> float | None:
         return None
     values = [operand.arrays[0].dims for operand in operands if operand.arrays[0].dtype in ("bf16", "f32")]
     *heads, queries, size = values[0]
-    keys, share = values[1][-2], 1.0
-    masks = [operand.arrays[0].dims for operand in operands if operand.arrays[0].dtype == "s8"]
-    if masks:
-        long, short = max(masks[-1][-2:]), min(masks[-1][-2:])
-        share = sum(min(row + 1, short) for row in range(long)) / long**2
-    return 2 * products * math.prod(heads) * queries * keys * share * size
+    keys, seen = values[1][-2], 1.0
+    lists = [operand.arrays[0].dims[-2:] for operand in operands if operand.arrays[0].dtype == "s8"]
+    if lists:
+        block_q, block_kv = (int(re.search(rf"{key}(?:_dkv|_dq)?\W+(\d+)", i.rest)[1])
+                             for key in ("block_q", "block_kv"))
+        rows, columns = queries // block_q, keys // block_kv
+        width = min(*lists[-1]) if min(*lists[-1]) < min(rows, columns) else columns
+        seen = sum(min(columns - rows + row + 1, width) for row in range(rows)) / (rows * columns)
+    return 2 * products * math.prod(heads) * queries * keys * seen * size
 
 
 # ---- who takes part
 
 def _members(i: Instruction) -> str:
     key = "source_target_pairs" if i.op.startswith("collective-permute") else "replica_groups"
-    return re.search(rf"{key}=(.*?)(?:, [a-z_]+=|$)", i.rest)[1].strip()
+    return re.search(rf"{key}=(mesh.*?\}}|.*?)(?:, [a-z_]+=|$)", i.rest)[1].strip()
 
 
 @lru_cache(maxsize=1024)
@@ -262,7 +265,8 @@ def groups(members: str) -> tuple[tuple[int, ...], ...]:
     """Replica groups as tuples of device indices.
 
     Three spellings: `{{0,1},{2,3}}`, `[2,2]<=[4]` (with `T(1,0)`: transposed first), and over axes of a mesh,
-    `mesh['a'=2,'b'=2] {'b'}` or a part of an axis, `{'a':(1)2}`: size 2 after what the 1 before it takes.
+    `mesh['a'=2,'b'=2] {'b'}` or a part of an axis, `{'a':(1)2}`: size 2 after what the 1 before it takes; with
+    `device_ids=(...)` before the axes, a list or `[2,2]T(1,0)`, which are the devices of the mesh.
     """
     if members.startswith("{"):
         return tuple(tuple(int(n) for n in group.split(",")) for group in re.findall(r"\{([\d,]+)\}", members))
@@ -271,10 +275,10 @@ def groups(members: str) -> tuple[tuple[int, ...], ...]:
         ids = _iota(base, order)
         return tuple(map(tuple, ids.reshape([int(n) for n in shape.split(",")]).tolist()))
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", members)}
-    listed = re.search(r"device_ids=\(\[([\d,]+)\](?:<=\[([\d,]+)\](?:T\(([\d,]+)\))?)?\)", members)
     ids = np.arange(math.prod(sizes.values()))
-    if listed:
-        ids = _iota(listed[2], listed[3]) if listed[2] else np.array([int(n) for n in listed[1].split(",")])
+    if listed := re.search(r"device_ids=\((.*?\]?(?:T\([\d,]+\))?)\)", members):
+        permuted = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", listed[1])
+        ids = _iota(*permuted.groups()) if permuted else np.array([int(n) for n in listed[1].split(",")])
     chosen = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", members[members.rindex("{"):])
     shape, taken = [], []
     for name, size in sizes.items():

@@ -46,10 +46,10 @@ def network_seconds(collectives: Counter[Collective], mesh: Mesh, topology: Topo
     """Seconds on the busiest ICI link, and on the network cards between slices.
 
     Full links, no latency. A collective of a group uses the links of every torus axis that the group spans: both
-    directions of an axis that closes to a ring, one of a line, whose ends have no other. Bytes of S through a chip of n:
-    all-gather and reduce-scatter S (n-1)/n, all-reduce twice that, all-to-all S n/8 on a ring and S n/4 on a line along
-    each axis. A collective-permute goes the shortest way, axis by axis; links that several pairs share add up.
-    Between s slices an all-reduce sends 2 S (s-1)/s.
+    directions of an axis that closes to a ring, one of a line, whose ends have no other. Of S bytes among n chips each
+    passes on S (n-1)/n in all-gather and reduce-scatter, twice that in all-reduce; in all-to-all a link of an axis of n
+    carries S n/8 on a ring and S n/4 on a line. A collective-permute goes the shortest way, axis by axis; links that
+    several pairs share add up. Between s slices an all-reduce sends 2 S (s-1)/s.
     """
     # A program of several slices is written for one of them: its indices are those of the first.
     devices = mesh.devices.reshape(-1)[:mesh.size // topology.slices]
