@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxlm.core import config as flags
 from jaxlm.core import distributed
 from jaxlm.core.batch import LMBatch
-from jaxlm.core.distributed import DistributedConfig, agree, barrier, is_primary
+from jaxlm.core.distributed import DistributedConfig, is_primary
 from jaxlm.core.log import MetricLog, human_count, setup_logging
 from jaxlm.core.masked import Mean, aggregate
 from jaxlm.core.mesh import BATCH, MeshConfig, data_shard, make_mesh
@@ -53,7 +53,7 @@ from jaxlm.optim.schedule import ScheduleConfig, make_schedule
 from jaxlm.train.checkpoint import CheckpointConfig, Checkpointer, saved_run
 from jaxlm.train.chips import parse_topology
 from jaxlm.train.curves import plot_curves
-from jaxlm.train.folder import check_folder, check_resumable, clear_folder
+from jaxlm.train.folder import check_folder, check_resumable, check_shared, clear_folder
 from jaxlm.train.loop import STOPPED, LoopConfig, NonFiniteError, fit
 from jaxlm.train.measure import Ledger, peak_flops
 from jaxlm.train.plan import Work, plan_report
@@ -208,7 +208,7 @@ def resumed(config: Config) -> tuple[Config, dict[str, bytes]]:
     if not config.pipeline.shards:
         config = replace(config, pipeline=replace(config.pipeline, shards=saved.pipeline.shards))
     check_resumable(saved, lasting(config), fixed=(
-        "model", "data", "tokenizer", "pipeline", "accumulate", "seed", "init_from"), ignored=("folder",))
+        "model", "data", "tokenizer", "pipeline", "seed", "init_from"), ignored=("folder",))
     return config, files
 
 
@@ -225,9 +225,9 @@ def prepare(config: Config) -> Prepared:
     check_folder(config.folder, resume=config.resume, overwrite=config.overwrite)
     config = adopt_model(config)
     mesh = make_mesh(config.mesh)
-    check(config, mesh)
     if config.resume:
         config, files = resumed(config)
+    check(config, mesh)
     loader, loaders = data_shard(mesh)
     config = replace(config, pipeline=resolve_shards(config.pipeline, loaders))
     sources, held_out = open_corpus(config.data)
@@ -252,23 +252,23 @@ def prepare(config: Config) -> Prepared:
     return Prepared(config, mesh, model, tx, params, tokenizer, batches, evaluate)
 
 
-def prepare_together(config: Config) -> Prepared:
-    """`prepare` in every process; all go on, or none. A new run's folder is made here: from here on the old is gone."""
-    run, error = None, None
-    try:
-        run = prepare(config)
-    except (ValueError, OSError) as caught:
-        error = caught
-    facts = {} if run is None else {
-        "configuration": json.dumps(flags.to_json(lasting(run.config))), "tokenizer": run.tokenizer.fingerprint(),
-        "data": json.dumps([source.fingerprint() for source in run.batches.sources])}
-    agree(error, **facts)
-    if is_primary() and not config.resume:
+def facts(run: Prepared) -> dict[str, str]:
+    """What must be the same in all processes."""
+    config = run.config
+    return {"mode": "resume" if config.resume else "overwrite" if config.overwrite else "new",
+            "configuration": json.dumps(flags.to_json(lasting(config))), "tokenizer": run.tokenizer.fingerprint(),
+            "data": json.dumps([source.fingerprint() for source in run.batches.sources])}
+
+
+def claim(run: Prepared) -> None:
+    """Makes the folder of a new run: from here on an old one is gone. A resumed run writes its changed settings."""
+    config = run.config
+    if not is_primary():
+        return
+    if not config.resume:
         clear_folder(config.folder)
         save_tokenizer(run.tokenizer, config.folder / "tokenizer")
-        flags.save_config(lasting(run.config), config.folder / "config.json")
-    barrier("folder")
-    return run
+    flags.save_config(lasting(config), config.folder / "config.json")
 
 
 def start(run: Prepared, checkpointer: Checkpointer) -> TrainState:
@@ -276,8 +276,6 @@ def start(run: Prepared, checkpointer: Checkpointer) -> TrainState:
     config, mesh, model, tx = run[:4]
     if config.resume:
         state = checkpointer.restore(abstract_state(model.init, tx, mesh, PARAM_RULES), run.batches)
-        if is_primary():
-            flags.save_config(lasting(config), config.folder / "config.json")
         log.info("resumed at step %d", int(state.step))
         return state
     if run.params is not None:
@@ -345,13 +343,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = flags.parse(PRESETS, argv, prog=PROG, description=__doc__)
     try:
         if config.plan:
+            if config.resume or config.overwrite:
+                raise ValueError("--plan writes nothing: leave out --resume and --overwrite")
+            config = adopt_model(config)
             plan_report(partial(step_program, config), parse_topology(config.plan), config.mesh, config.accumulate,
                         step_work(config), print)
             return
         setup_logging(config.distributed.process_id or 0)
         distributed.start(config.distributed)
         setup_logging(jax.process_index())
-        if not train(prepare_together(config), ledger):
+        run = distributed.together(lambda: prepare(config), facts)
+        distributed.together(lambda: claim(run))
+        distributed.together(lambda: check_shared(config.folder))
+        if not train(run, ledger):
             raise SystemExit(STOPPED)
     except (ValueError, OSError, NonFiniteError) as error:
         flags.fail(error, PROG)

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import get_args
 
 import jax
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from jaxlm.core.config import parse
 from jaxlm.core.distributed import (
@@ -101,7 +103,7 @@ def test_a_signal_stops_one_process_and_a_second_acts_as_usual(signum):
     seen = []
     before = signal.signal(signum, lambda *_: seen.append("usual"))
     try:
-        with stop_on_signal() as stop:
+        with stop_on_signal(Mesh(np.array(jax.devices()), "all")) as stop:
             assert not stop()
             signal.raise_signal(signum)
             assert stop() and stop() and not seen
@@ -171,6 +173,8 @@ def test_documented_environments_are_detected():
 WORKER = """
 import json, os, signal, sys, time
 import jax
+import numpy as np
+from jax.sharding import Mesh
 from jax._src import xla_bridge
 from jaxlm.core.distributed import *
 arguments = json.loads(sys.argv[1])
@@ -193,21 +197,20 @@ out["gathered"] = gather("한국" * (1 + 500 * me))
 out["same"] = outcome(configuration="a", tokenizer="b")
 out["error"] = outcome(OSError("disk full\\nand more") if me else None, configuration="a")
 out["facts"] = outcome(configuration="a", source_fingerprints=str(me))
-step, calls, seconds = arguments["first_step"], 0, 0.0
-with stop_on_signal() as stop:
+calls = 0
+with stop_on_signal(Mesh(np.array(jax.devices()).reshape(2, -1), ("data", "tensor"))) as stop:
     while calls < 400:
         if me == 1 and calls == 3 and arguments["signal"]:
             os.kill(os.getpid(), arguments["signal"])
-        began = time.perf_counter()
         stopping = stop()
-        seconds += time.perf_counter() - began
         calls += 1
         if stopping:
             break
         time.sleep(0.01 * (1 + 2 * me))
         if calls % 5 == 0:
             barrier("a step")
-out["calls"], out["microseconds"], out["still"] = calls, 1e6 * seconds / calls, stop()
+out["calls"], out["still"] = calls, stop()
+barrier("all stopped")
 print("\\n" + json.dumps(out), flush=True)
 if arguments["die"]:
     if me:
@@ -223,7 +226,7 @@ def free_port():
 
 
 def spawn(config, environ=None, **arguments):
-    arguments = {"early": False, "signal": 0, "die": False, "first_step": 0} | arguments | {"config": config}
+    arguments = {"early": False, "signal": 0, "die": False} | arguments | {"config": config}
     return subprocess.Popen(
         [sys.executable, "-c", WORKER, json.dumps(arguments)], text=True, encoding="utf-8",
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -263,16 +266,15 @@ def test_two_processes_by_flags_stop_together_on_the_sigterm_of_one():
     (first,), (second,) = values
     check_agreement(first, second)
     assert first["calls"] == second["calls"] < 400 and first["still"] and second["still"]
-    assert max(first["microseconds"], second["microseconds"]) < 5000  # about 20 here; a step takes longer
 
 
 @pytest.mark.parametrize("local_size", [1, 2])
-def test_two_slurm_tasks_and_a_signal_before_the_first_step_of_a_resumed_run(local_size):
+def test_two_slurm_tasks_and_a_signal_before_the_first_step(local_size):
     port = free_port()
     environ = STEP | {"SLURM_STEP_NODELIST": "127.0.0.1", "JAX_COORDINATOR_PORT": str(port),
                       "SLURM_STEP_TASKS_PER_NODE": "1(x2)" if local_size == 1 else "2"}
     tasks = [spawn({"timeout": 60}, environ | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i * (local_size == 2))},
-                   early=i == 1, first_step=1000) for i in range(2)]
+                   early=i == 1) for i in range(2)]
     values, codes, errors = finish(tasks)
     assert codes == [0, 0], errors
     (first,), (second,) = values

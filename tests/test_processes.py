@@ -25,8 +25,8 @@ TINY = ["--model.vocab-size", "300", "--model.d-model", "32", "--model.num-layer
 STEP = re.compile(r"step (\d+)/")
 
 
-def start(folder, *extra, of_second=()):
-    """Both processes of a run; `of_second` are flags of process 1 alone."""
+def start(folder, *extra, of_first=(), of_second=()):
+    """Both processes of a run; `of_first` are flags of process 0 alone."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -34,7 +34,7 @@ def start(folder, *extra, of_second=()):
               "--distributed.timeout", "120", "--distributed.heartbeat", "10"]
     return [subprocess.Popen(
         [sys.executable, "-m", "recipes.pretrain", *TINY, "--folder", str(folder), *joined,
-         "--distributed.process-id", str(i), *extra, *(of_second if i else ())],
+         "--distributed.process-id", str(i), *extra, *(of_second if i else of_first)],
         env=os.environ | {"JAX_NUM_CPU_DEVICES": "4"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         encoding="utf-8") for i in range(2)]
 
@@ -134,3 +134,18 @@ def test_processes_that_differ_or_fail_end_together(tmp_path):
     assert codes == [2, 2]
     assert "process 1 failed: " in errors[0] and "missing.jsonl" in errors[0] and "no such file" in errors[1]
     assert not folder.exists()
+
+
+def test_processes_that_would_delete_and_continue_do_neither(tmp_path, whole):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    processes = start(folder, of_first=["--overwrite"], of_second=["--resume"])
+    codes, _, errors = finish(processes)
+    assert codes == [2, 2] and all("process 1 has another mode than process 0" in e for e in errors), errors
+    assert saved_steps(folder / "checkpoints") == [6, 4, 2]
+
+
+def test_a_folder_that_cannot_be_made_ends_both():
+    codes, _, errors = finish(start("/proc/nothing/run"))
+    assert codes == [2, 2] and "--folder /proc/nothing/run cannot be created" in errors[0]
+    assert "process 0 failed: --folder /proc/nothing/run cannot be created" in errors[1]

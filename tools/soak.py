@@ -241,8 +241,13 @@ def _strike(group: Group, run: Path, moment: str, kind: str, rng: random.Random,
     if None not in group.codes():
         return ""
     victims = group.processes if kind.endswith("all") else [rng.choice(group.processes)]
+    signum = signal.SIGKILL if "SIGKILL" in kind else signal.SIGTERM
     for process in victims:
-        process.send_signal(signal.SIGKILL if "SIGKILL" in kind else signal.SIGTERM)
+        if kind.endswith("all"):  # as a scheduler or a terminal does: to the loaders too
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signum)
+        else:
+            process.send_signal(signum)
     tally.kills[moment, kind] += 1
     return kind
 

@@ -3,6 +3,7 @@
     sources -> shuffle, repeat -> examples -> shard -> pack -> mix -> batch -> (workers) -> LMBatch
 """
 
+import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -142,7 +143,8 @@ def make_pipeline(
             num_bins=config.num_bins or 64, seed=seed, shard=index, num_shards=config.shards)
         rows = rows.batch(config.batch_size // config.shards, drop_remainder=True)
         if config.workers:
-            rows = rows.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=4))
+            rows = rows.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=4),
+                                    worker_init_fn=_leave_signals_to_the_trainer)
         return iter(rows)
 
     shards = {f"shard_{index}": open_shard(index) for index in range(loader * own, (loader + 1) * own)}
@@ -170,6 +172,12 @@ def eval_batches(
     batches = [LMBatch(*(leaf[start : start + batch_size] for leaf in batch))
                for start in range(0, len(rows), batch_size)]
     return batches, sum(len(document.text.encode()) + 1 for document in documents)
+
+
+def _leave_signals_to_the_trainer(index: int, count: int) -> None:
+    """A signal to the whole process group must not end a loader before the last checkpoint."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _to_json(state: Any) -> Any:

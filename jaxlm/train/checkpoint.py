@@ -22,7 +22,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jaxlm.core.distributed import agree, barrier, first_line, is_primary
+from jaxlm.core.distributed import barrier, first_line, is_primary, together
 from jaxlm.core.tree import digest
 from jaxlm.train.state import TrainState
 
@@ -154,7 +154,7 @@ class Checkpointer:
         Newer checkpoints that cannot be read are reported and renamed `STEP.unusable`. CheckpointError when none can.
         """
         failed = {}
-        for step in saved_steps(self.folder):
+        for step in together(lambda: saved_steps(self.folder), lambda steps: {"list of checkpoints": str(steps)}):
             try:
                 state = _read(self.folder / str(step), abstract, data)
             except READ_ERRORS as error:
@@ -223,7 +223,7 @@ def saved_params(folder: Path, shapes: Any) -> Any:
     target = {"params": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)}
     try:
         params = _read_arrays(folder, target)
-        _check_digest(folder, params)
+        _check_digest(read_json(folder / "digest")["digest"], params)
     except READ_ERRORS as error:
         raise _unusable(folder, error) from error
     return params["params"]
@@ -231,14 +231,12 @@ def saved_params(folder: Path, shapes: Any) -> Any:
 
 def _read(folder: Path, abstract: TrainState, data: Resumable) -> TrainState:
     """One checkpoint, checked. It succeeds in every process or raises in every one, so that all try the same next."""
-    state = error = None
-    try:
-        state = _read_arrays(folder, abstract)
+    def work() -> tuple[TrainState, dict[str, int]]:
         data.set_state(read_json(folder / "data"))
-    except READ_ERRORS as caught:
-        error = caught
-    agree(error)
-    _check_digest(folder, state)
+        return _read_arrays(folder, abstract), read_json(folder / "digest")["digest"]
+
+    state, saved = together(work)
+    _check_digest(saved, state)
     return state
 
 
@@ -256,10 +254,10 @@ def _read_arrays(folder: Path, target: Any) -> Any:
         handler.close()
 
 
-def _check_digest(folder: Path, tree: Any) -> None:
-    """CheckpointError naming the arrays of `tree` that are not those that were saved."""
-    saved, found = read_json(folder / "digest")["digest"], digest(tree)
-    damaged = [name for name, value in found.items() if saved[name] != value]
+def _check_digest(saved: Mapping[str, int], tree: Any) -> None:
+    """CheckpointError naming the arrays of `tree` that are not those that were saved. All processes must call it."""
+    found = digest(tree)
+    damaged = [name for name, value in found.items() if saved.get(name) != value]
     if damaged:
         raise CheckpointError(f"{len(damaged)} of {len(found)} arrays are damaged, the first is {damaged[0]}")
 

@@ -51,6 +51,13 @@ def clear_folder(folder: Path) -> None:
         raise ValueError(f"--folder {folder} cannot be created: {error.strerror}") from None
 
 
+def check_shared(folder: Path) -> None:
+    """ValueError unless this process sees the run folder that the first one has made."""
+    if not (folder / "config.json").exists():
+        raise ValueError(f"--folder {folder} is not a folder that all processes see: config.json of process 0 is not "
+                         "there")
+
+
 def check_resumable(saved: Any, asked: Any, *, fixed: Collection[str], ignored: Collection[str]) -> None:
     """Compares the configuration in a checkpoint with the one asked for.
 

@@ -87,7 +87,7 @@ def fit(
         stack.callback(reporter.goodput)
         stack.callback(progress.close)
         stack.enter_context(jax.set_mesh(mesh))
-        stopping = stack.enter_context(stop_on_signal())
+        stopping = stack.enter_context(stop_on_signal(mesh))
         for number in range(start, config.steps + 1):
             last, stop = number == config.steps, stopping()
             evaluating = evaluate and (last or (number % config.eval_every == 0 and number > start))
@@ -95,16 +95,18 @@ def fit(
             if pending and (evaluating or saving):  # both wait for the step; its time must not count as theirs
                 reporter.step(*pending)
                 pending = None
-            if evaluating:
-                with ledger.spend("evaluation"):
-                    reporter.evaluation(number, *evaluate(state.params, number))
-            if saving:
+            if saving:  # first: who sent a signal may not wait for an evaluation
                 with ledger.spend("checkpoint"):
                     checkpointer.save(state, batches)
+            if evaluating and (last or not stop):
+                with ledger.spend("evaluation"):
+                    reporter.evaluation(number, *evaluate(state.params, number))
             if last or stop:
                 break
-            with ledger.spend("data"):
-                batch = put_batch(next(batches), mesh)
+            ledger.book()
+            batch = put_batch(next(batches), mesh)
+            # What is loaded while the step before still computes costs nothing.
+            ledger.book("data" if pending is None or pending[1]["loss"].is_ready() else "step")
             state, metrics = step(state, batch)
             if pending:
                 reporter.step(*pending)

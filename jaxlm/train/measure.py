@@ -35,7 +35,8 @@ def peak_flops(dtype: str) -> tuple[float, str]:
     for name, peak in PEAK_FLOPS.items():
         if kind.startswith(name):
             return peak, f"{peak / 1e12:.0f} TFLOP/s, bf16 data sheet of {kind}"
-    measured = _measure_matmul(1024, jnp.dtype(dtype)) / len(jax.local_devices())
+    shared = len(jax.local_devices()) if jax.default_backend() == "cpu" else 1  # CPU devices share the cores
+    measured = _measure_matmul(1024, jnp.dtype(dtype)) / shared
     return measured, f"{measured / 1e9:.0f} GFLOP/s, measured {dtype} matrix product on {kind}"
 
 
@@ -66,7 +67,9 @@ def resident_bytes() -> int:
 
 
 class Ledger:
-    """Where the wall time of a run goes. Time that nothing else claims is `step`.
+    """Where the wall time of a run goes, from here to the end of the loop. Time that nothing else claims is `step`.
+
+    `data` is an upper bound: a step that ended while its successor's batch was loaded counts the whole loading.
 
     Compilation is subtracted from whatever asked for it, as jax reports it, and booked as `compile`; a persistent
     compile cache that answers is booked there too, with the little time that it takes.

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from jaxlm.core.log import human_count
 from jaxlm.core.mesh import AXES, MeshConfig, make_mesh
 from jaxlm.train.chips import Topology, without_disk_cache
 from jaxlm.train.plan_cost import count_cost
@@ -201,6 +202,10 @@ def gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
+def duration(seconds: float) -> str:
+    return f"{seconds:.3f} s" if seconds >= 0.1 else f"{1e3 * seconds:.3f} ms"
+
+
 def describe(mesh: dict[str, int], accumulate: int) -> str:
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one chip"
     return f"mesh {axes}; accumulate {accumulate}"
@@ -209,8 +214,8 @@ def describe(mesh: dict[str, int], accumulate: int) -> str:
 def render(plan: Plan) -> str:
     """The plan as text, for a terminal."""
     chip, chips = plan.topology.chip, math.prod(plan.mesh.values())
-    rates = {"compute": (plan.flops, f"TFLOP at {chip.peak / 1e12:.0f} TFLOP/s"),
-             "HBM": (plan.hbm_bytes, f"TB at {chip.bandwidth / 1e12:.2f} TB/s")}
+    rates = {"compute": f"{human_count(plan.flops)}FLOP at {human_count(chip.peak)}FLOP/s",
+             "HBM": f"{human_count(plan.hbm_bytes)}B at {human_count(chip.bandwidth)}B/s"}
     lines = [
         f"{plan.topology.text}, {chips} x {chip.kind}; {describe(plan.mesh, plan.accumulate)}; compiled in "
         f"{plan.compile_seconds:.0f} s. Per chip:",
@@ -221,13 +226,12 @@ def render(plan: Plan) -> str:
         f"  peak         {gib(plan.peak):>12}   of {gib(chip.hbm)} ({plan.peak / chip.hbm:.0%})",
     ]
     for name, seconds in plan.seconds.items():
-        amount = f"   {rates[name][0] / 1e12:.2f} {rates[name][1]}" if name in rates else ""
         if seconds:
-            lines.append(f"  {name:12} {seconds:10.3f} s{amount}")
-    lines += [f"    {row.kind:18} {row.axes:12} {row.network}  {row.count:7d} x, {row.bytes / 1e9:10.2f} GB"
+            lines.append(f"  {name:12} {duration(seconds):>12}   {rates.get(name, '')}".rstrip())
+    lines += [f"    {row.kind:18} {row.axes:12} {row.network}  {row.count:7d} x, {human_count(row.bytes):>6}B"
               for row in plan.exchanges]
     total = sum(plan.seconds.values())
-    lines.append(f"Step: at least {plan.step_seconds:.3f} s, bound by {plan.bound} ({total:.3f} s if nothing "
+    lines.append(f"Step: at least {duration(plan.step_seconds)}, bound by {plan.bound} ({duration(total)} if nothing "
                  f"overlapped); MFU at most {plan.mfu:.1%}, {plan.work.tokens / plan.step_seconds:,.0f} tokens/s.")
     if plan.uncounted:
         lines.append(f"Not counted: {', '.join(plan.uncounted)}.")
