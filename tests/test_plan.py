@@ -3,6 +3,7 @@
 libtpu takes some 15 s for any step of a decoder, so one test has one and the others a step of two products.
 """
 
+from collections import Counter
 from dataclasses import replace
 
 import jax
@@ -14,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm.core.batch import LMBatch
 from jaxlm.core.masked import aggregate
-from jaxlm.core.mesh import BATCH, MeshConfig
+from jaxlm.core.mesh import BATCH, MeshConfig, make_mesh
 from jaxlm.model.config import ComputeConfig, ModelConfig, flops_per_token
 from jaxlm.model.decoder import build
 from jaxlm.model.partition import PARAM_RULES
@@ -25,6 +26,7 @@ from jaxlm.train.measure import PEAK_FLOPS
 from jaxlm.train.plan import (
     TooLargeError,
     Work,
+    _candidates,
     argument_bytes,
     chips_needed,
     plan_report,
@@ -32,6 +34,8 @@ from jaxlm.train.plan import (
     refusal,
     render,
 )
+from jaxlm.train.plan_cost import Collective
+from jaxlm.train.plan_network import network_seconds
 from jaxlm.train.state import abstract_state
 from jaxlm.train.step import check_batch, make_step
 
@@ -144,6 +148,25 @@ def refusing(program, least):
     return wrapped
 
 
+@pytest.mark.parametrize(("topology", "sizes", "step", "seconds"), [
+    ("v5e:16x16", {"data": 2, "fsdp": 128}, 128, 0.040),   # pairs 8 apart: 8 of them share each link of the ring
+    ("v5e:16x16", {"fsdp": 256}, 1, 1e9 * 255 / 256 / 4 / 50e9),  # the whole torus: 4 links a chip
+    ("v5e:8x8", {"fsdp": 64}, 1, 1e9 * 63 / 64 / 2 / 50e9),       # lines, which have no way back
+])
+def test_links_that_a_gather_needs(topology, sizes, step, seconds):
+    """1 GB among the members of the first axis that has several: indices `step` apart."""
+    topology = parse_topology(topology)
+    mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}), topology.devices)
+    count = mesh.size // step if step > 1 else mesh.size
+    groups = ",".join("{" + ",".join(str(i + j * step) for j in range(count)) + "}" for i in range(step))
+    found, between = network_seconds(Counter({Collective("all-gather", 10**9, "{" + groups + "}"): 1}), mesh, topology)
+    assert found == pytest.approx(seconds) and between == 0
+
+
+def test_accumulate_may_start_high():
+    assert next(_candidates((1, 4, 1, 1), 2048, 1))
+
+
 def test_what_does_not_fit_is_answered_with_the_nearest_mesh():
     topology, said = parse_topology("v5e:2x2"), []
     found = plan_report(refusing(program, 8), topology, FSDP, 1, work(), said.append)
@@ -156,7 +179,7 @@ def test_what_does_not_fit_is_answered_with_the_nearest_mesh():
 def test_a_model_that_no_mesh_holds():
     topology, said = parse_topology("v5e:2x2"), []
     small = replace(topology, chip=replace(topology.chip, hbm=2**20))
-    with pytest.raises(ValueError, match=r"no mesh tried on v5e:2x2 fits; the arguments alone need 7 chips"):
+    with pytest.raises(ValueError, match=r"on v5e:2x2 fits; use more chips \(the arguments alone need 7 of"):
         plan_report(program, small, FSDP, 1, work(), said.append)
     assert len(said) == 1 and said[0].startswith("v5e:2x2: the arguments alone are ")  # nothing was compiled
     assert chips_needed(program, small) == 7  # parameters and two moments of 2 MiB each, and a batch
@@ -170,14 +193,16 @@ def test_a_model_that_no_mesh_holds():
     ("RESOURCE_EXHAUSTED: something new\nmore", "the compiler refuses the step: RESOURCE_EXHAUSTED: something new"),
 ])
 def test_refusals_in_one_sentence(message, needed):
-    error = refusal(message, parse_topology("v5e:2x2"))
+    error = refusal(jax.errors.JaxRuntimeError(message), parse_topology("v5e:2x2"), 3 * 2**30)
     assert isinstance(error, TooLargeError) and needed in str(error) and "\n" not in str(error)
+    if "in all" in needed:
+        assert error.temporaries == 14.25 * 2**30  # the arguments are counted once
 
 
 @pytest.mark.parametrize("text, message", [
     ("v5p", "must be CHIP:SHAPE"),
     ("v5p:4x4x8x", "must be CHIP:SHAPE"),
-    ("v5:2x2", "unknown chip 'v5', did you mean 'v5"),
+    ("v5:2x2", "unknown chip 'v5' \\(did you mean 'v5"),
     ("v5p:4x4", "the torus of v5p has 3 axes, so a shape is like v5p:4x4x4"),
     ("v5e:2x2x2", "the torus of v5e has 2 axes, so a shape is like v5e:4x4"),
     ("v5e:3x2", "the first two sides must be even"),

@@ -40,7 +40,7 @@ import numpy as np
 
 from jaxlm.core import config as flags
 from jaxlm.core.batch import LMBatch
-from jaxlm.core.log import human_count
+from jaxlm.core.log import first_line, human_count
 from jaxlm.core.mesh import MeshConfig, make_mesh, put_whole
 from jaxlm.core.rng import derive
 from jaxlm.model.attention import BACKENDS, attention, current_platform, resolve_backend
@@ -190,7 +190,7 @@ def usable(config: Config) -> tuple[list[str], list[str]]:
             verdict = "exact" if right else "**WRONG**, left out"
             lines.append(f"| {name} | {errors[0]:.1e} | {errors[1]:.1e} | {verdict} |")
         except (ValueError, NotImplementedError, RuntimeError) as error:
-            lines.append(f"| {name} | | | left out: {str(error).splitlines()[0]} |")
+            lines.append(f"| {name} | | | left out: {first_line(error)} |")
     return names, lines
 
 
@@ -217,7 +217,7 @@ def measure(config: Config, backend: str, remat: RematPolicy, batch_size: int) -
                 seconds.append(time.perf_counter() - start)
             variant["top"] = top_operations(lambda: compiled(state, batch), config.top) if config.top else []
     except jax.errors.JaxRuntimeError as error:
-        return variant | {"failed": str(error).splitlines()[0][:120]}
+        return variant | {"failed": first_line(error)[:120]}
     variant["memory_bytes"] = (memory.temp_size_in_bytes + memory.argument_size_in_bytes
                                + memory.output_size_in_bytes - memory.alias_size_in_bytes)
     seconds = seconds[config.warmup:]

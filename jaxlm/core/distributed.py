@@ -25,6 +25,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxlm.core.log import first_line
+
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -260,11 +262,6 @@ def _listen(signum: int, event: threading.Event) -> Any:
 
     previous = signal.signal(signum, handle)
     return previous
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its type."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _initialize(options: dict, timeout: float) -> None:

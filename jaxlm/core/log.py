@@ -129,6 +129,11 @@ class ProgressLine:
             self._bar.stop()
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its type."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def human_count(value: float) -> str:
     """Three significant digits with a decimal suffix: 1234 -> '1.23k'."""
     for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):

@@ -22,7 +22,8 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jaxlm.core.distributed import barrier, first_line, is_primary, together
+from jaxlm.core.distributed import barrier, is_primary, together
+from jaxlm.core.log import first_line
 from jaxlm.core.tree import digest
 from jaxlm.train.state import TrainState
 

@@ -1,7 +1,6 @@
 """TPU chips by their data sheets, and topologies of chips that are not here, for `jaxlm.train.plan`."""
 
 import contextlib
-import difflib
 import math
 import os
 import re
@@ -12,6 +11,8 @@ import jax
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
+from jaxlm.core.config import nearest
+from jaxlm.core.log import first_line
 from jaxlm.train.measure import PEAK_FLOPS
 
 
@@ -67,8 +68,7 @@ def parse_topology(text: str) -> Topology:
         raise ValueError(f"topology '{text}' must be CHIP:SHAPE or CHIP:SHAPE*SLICES, such as v5p:4x4x8 or v6e:16x16*2")
     name, shape, slices = match[1], tuple(map(int, match[2].split("x"))), int(match[3] or 1)
     if name not in CHIPS:
-        close = difflib.get_close_matches(name, CHIPS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"topology '{text}': unknown chip '{name}', did you mean '{close}'? Known: {', '.join(CHIPS)}")
+        raise ValueError(f"topology '{text}': unknown chip '{name}'{nearest(name, CHIPS)}; known: {', '.join(CHIPS)}")
     chip = CHIPS[name]
     if len(shape) != len(chip.largest):
         raise ValueError(f"topology '{text}': the torus of {name} has {len(chip.largest)} axes, so a shape is like "
@@ -98,7 +98,7 @@ def _devices(name: str, shape: tuple[int, ...], slices: int) -> tuple[jax.Device
     except RuntimeError as error:
         if "not installed" in str(error):
             raise ValueError("planning needs the TPU compiler (no TPU): pip install 'jaxlm[plan]'") from error
-        raise ValueError(f"topology '{name}' is refused by libtpu: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"topology '{name}' is refused by libtpu: {first_line(error)}") from error
     return tuple(sorted(devices, key=lambda device: (getattr(device, "slice_index", None) or 0, device.id)))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxlm.core.log import human_count
+from jaxlm.core.log import first_line, human_count
 from jaxlm.core.mesh import AXES, MeshConfig, make_mesh
 from jaxlm.train.chips import Topology, without_disk_cache
 from jaxlm.train.plan_cost import count_cost
@@ -100,7 +100,7 @@ def plan_step(program: Program, topology: Topology, config: MeshConfig, accumula
         with jax.set_mesh(mesh), without_disk_cache():
             compiled = step.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
-        raise refusal(str(error), topology) from None
+        raise refusal(error, topology, argument_bytes(arguments)) from None
     seconds = time.perf_counter() - start
     memory, cost = compiled.memory_analysis(), count_cost(compiled.as_text())
     chip, (ici, dcn) = topology.chip, network_seconds(cost.collectives, mesh, topology)
@@ -109,7 +109,7 @@ def plan_step(program: Program, topology: Topology, config: MeshConfig, accumula
         arguments=memory.argument_size_in_bytes, outputs=memory.output_size_in_bytes,
         reused=memory.alias_size_in_bytes, temporaries=memory.temp_size_in_bytes,
         program=memory.generated_code_size_in_bytes, flops=cost.flops, hbm_bytes=cost.hbm_bytes,
-        exchanges=exchanges(cost.collectives, mesh, topology),
+        exchanges=exchanges(cost.collectives, mesh),
         seconds={"compute": cost.flops / chip.peak, "HBM": cost.hbm_bytes / chip.bandwidth, "ICI": ici, "DCN": dcn},
         uncounted=tuple(sorted(cost.uncounted)))
 
@@ -126,17 +126,22 @@ def _check_arguments(size: int, topology: Topology) -> None:
                             f"{gib(topology.chip.hbm)}", size, 0)
 
 
-def refusal(message: str, topology: Topology) -> Exception:
-    """The compiler's refusal in one sentence; what is no refusal for memory is returned as it came."""
+def refusal(error: Exception, topology: Topology, arguments: int) -> Exception:
+    """The compiler's refusal in one sentence; what is no refusal for memory is returned as it came.
+
+    Args:
+      arguments: their bytes on a chip, which some of the compiler's figures include.
+    """
+    message = str(error)
     if "RESOURCE_EXHAUSTED" not in message:
-        return jax.errors.JaxRuntimeError(message)
+        return error
     used = re.search(r"Used ([\d.]+)([BKMGT])|temporaries \(([\d.]+)([BKMGT])\)", message)
     if not used:
-        return TooLargeError(f"{topology.text}: the compiler refuses the step: {message.splitlines()[0]}", math.inf, 0)
+        return TooLargeError(f"{topology.text}: the compiler refuses the step: {first_line(error)}", math.inf, 0)
     needed = float(used[1] or used[3]) * UNITS[used[2] or used[4]]
     what = "in all" if used[1] else "for temporaries"
     return TooLargeError(f"{topology.text}: the step needs {gib(needed)} a chip {what}, and a chip has "
-                         f"{gib(topology.chip.hbm)}", needed, needed)
+                         f"{gib(topology.chip.hbm)}", needed, max(0, needed - arguments) if used[1] else needed)
 
 
 # ---- the nearest mesh that fits
@@ -179,7 +184,7 @@ def _candidates(asked: tuple[int, ...], accumulate: int, slices: int) -> Iterato
     divisors = [n for n in range(1, chips + 1) if chips % n == 0]
     meshes = [(*sizes, chips // math.prod(sizes)) for sizes in itertools.product(divisors, repeat=len(asked) - 1)
               if chips % math.prod(sizes) == 0 and sizes[0] % slices == 0]
-    micros = [accumulate * 2**n for n in range(int(math.log2(MAX_ACCUMULATE // accumulate)) + 1)]
+    micros = [accumulate * 2**n for n in range(max(0, int(math.log2(MAX_ACCUMULATE / accumulate))) + 1)]
 
     def distance(candidate: tuple[tuple[int, ...], int]) -> float:
         sizes, micro = candidate
@@ -189,10 +194,16 @@ def _candidates(asked: tuple[int, ...], accumulate: int, slices: int) -> Iterato
     return iter(sorted(everything, key=distance))
 
 
-def chips_needed(program: Program, topology: Topology) -> int:
-    """Chips of this kind that the arguments alone need, split as far as the rules split them over `fsdp`."""
-    mesh = make_mesh(MeshConfig(data=topology.slices, fsdp=-1), topology.devices)
-    _, arguments = program(mesh, 1)
+def chips_needed(program: Program, topology: Topology) -> int | None:
+    """Chips of this kind that the arguments alone need, split as far as the rules split them over `fsdp`.
+
+    None where they do not divide over all chips of the topology.
+    """
+    try:
+        mesh = make_mesh(MeshConfig(data=topology.slices, fsdp=-1), topology.devices)
+        _, arguments = program(mesh, 1)
+    except (ValueError, NotImplementedError):
+        return None
     return math.ceil(argument_bytes(arguments) * mesh.size / topology.chip.hbm)
 
 
@@ -250,8 +261,9 @@ def plan_report(program: Program, topology: Topology, config: MeshConfig, accumu
         report(f"{error}. Looking for the nearest mesh that fits.")
         plan = nearest_fit(program, topology, config, accumulate, work, error, report)
         if plan is None:
-            raise ValueError(
-                f"no mesh tried on {topology.text} fits; the arguments alone need {chips_needed(program, topology)} "
-                "chips of this kind, so use more chips, a smaller batch or more remat") from None
+            chips = chips_needed(program, topology)
+            least = f" (the arguments alone need {chips} of this kind)" if chips else ""
+            raise ValueError(f"no mesh tried on {topology.text} fits; use more chips{least}, a smaller batch or more "
+                             "remat") from None
     report(render(plan))
     return plan

@@ -114,6 +114,8 @@ def _own_cost(computation: Computation, i: Instruction, fused: bool) -> Cost:
     if "_xla_megascale_transfer_type" in i.rest and kind == "send":  # between slices, through the hosts
         kind = i.attribute("_xla_megascale_transfer_type")
         cost.collectives[Collective(kind.lower().replace("_", "-"), int(operands[0].arrays[0].bytes), BETWEEN)] += 1
+    elif kind in ("ragged-all-to-all", "collective-broadcast"):
+        cost.uncounted.add(f"{kind} {i.name}")
     elif kind in KINDS:
         members = _members(i)
         size = sum(array.bytes for operand in operands for array in operand.arrays)

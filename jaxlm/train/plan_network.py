@@ -21,7 +21,7 @@ class Exchange(NamedTuple):
     bytes: int     # of whole arrays, see `plan_cost.Collective`
 
 
-def exchanges(collectives: Counter[Collective], mesh: Mesh, topology: Topology) -> tuple[Exchange, ...]:
+def exchanges(collectives: Counter[Collective], mesh: Mesh) -> tuple[Exchange, ...]:
     """Collectives by kind, axes and network, most bytes first."""
     totals: dict[tuple[str, str, str], list[int]] = {}
     for collective, count in collectives.items():
@@ -46,7 +46,8 @@ def network_seconds(collectives: Counter[Collective], mesh: Mesh, topology: Topo
     """Seconds on the busiest ICI link, and on the network cards between slices.
 
     Full links, no latency. A collective of a group uses the links of every torus axis that the group spans: both
-    directions of an axis that closes to a ring, one of a line, whose ends have no other. Of S bytes among n chips each
+    directions where its members close a ring, one of a line, whose ends have no other; groups that interleave share
+    them. Of S bytes among n chips each
     passes on S (n-1)/n in all-gather and reduce-scatter, twice that in all-reduce; in all-to-all a link of an axis of n
     carries S n/8 on a ring and S n/4 on a line. A collective-permute goes the shortest way, axis by axis; links that
     several pairs share add up. Between s slices an all-reduce sends 2 S (s-1)/s.
@@ -67,21 +68,24 @@ def network_seconds(collectives: Counter[Collective], mesh: Mesh, topology: Topo
         elif collective.kind == "collective-permute":
             _permute(links, count * collective.bytes, collective.members, places, topology.shape, rings)
         else:
-            along += count * _group_load(collective, places, rings)
+            along += count * _group_load(collective, places, topology.shape, rings)
     busiest = (links.max(axis=tuple(range(len(topology.shape)))) + along[:, None]).max()
     return float(busiest) / topology.chip.link, dcn / topology.chip.dcn
 
 
-def _group_load(collective: Collective, places: np.ndarray, rings: list[bool]) -> np.ndarray:
-    """Bytes on each link of every torus axis."""
+def _group_load(collective: Collective, places: np.ndarray, shape: tuple[int, ...], rings: list[bool]) -> np.ndarray:
+    """Bytes on each link of every torus axis; groups that lie between each other's members share the links."""
     members = places[list(groups(collective.members)[0])]
-    extents = [len(set(members[:, axis].tolist())) for axis in range(len(rings))]
+    at = [sorted(set(members[:, axis].tolist())) for axis in range(len(shape))]
+    extents = [len(found) for found in at]
+    strides = np.array([found[1] - found[0] if len(found) > 1 else 1 for found in at])  # so many groups share a link
+    closed = [ring and n * stride == side for ring, n, stride, side in zip(rings, extents, strides, shape, strict=True)]
     if collective.kind == "all-to-all":
-        return np.array([collective.bytes * n / (8 if ring else 4) * (n > 1)
-                         for n, ring in zip(extents, rings, strict=True)])
-    used = np.array([(2 if ring else 1) if n > 1 else 0 for n, ring in zip(extents, rings, strict=True)])
+        return strides * np.array([collective.bytes * n / (8 if ring else 4) * (n > 1)
+                                   for n, ring in zip(extents, closed, strict=True)])
+    used = np.array([(2 if ring else 1) if n > 1 else 0 for n, ring in zip(extents, closed, strict=True)]) / strides
     if not used.any():
-        return np.zeros(len(rings))
+        return np.zeros(len(shape))
     count = math.prod(extents)
     traffic = collective.bytes * (count - 1) / count * (2 if collective.kind == "all-reduce" else 1)
     return traffic / used.sum() * (used > 0)
