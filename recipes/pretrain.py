@@ -39,7 +39,7 @@ from jaxlm.data.examples import excluded_ids
 from jaxlm.data.pipeline import Batches, PipelineConfig, make_pipeline, resolve_shards
 from jaxlm.data.tokenizer import Tokenizer, check_vocabulary, save_tokenizer, tokenizer_from_files
 from jaxlm.data.tokenizer_training import TokenizerConfig, make_tokenizer
-from jaxlm.eval.held_out import Evaluation, make_evaluation
+from jaxlm.eval.held_out import Evaluation, SampleConfig, make_evaluation
 from jaxlm.model.attention import resolve_backend
 from jaxlm.model.config import ComputeConfig, ModelConfig, flops_per_token
 from jaxlm.model.decoder import Model, build
@@ -62,18 +62,6 @@ from jaxlm.train.step import Loss, Step, check_batch, make_step
 
 PROG = "recipes.pretrain"
 log = logging.getLogger(PROG)  # as a module with flags, this file is called __main__
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """What the model writes at every evaluation."""
-
-    prompts: tuple[str, ...] = ("일본의 통화는", "독일어는", "The currency of Japan is", "In Korean, Germany")
-    tokens: int = 32           # greedy tokens after each prompt
-
-    def __post_init__(self):
-        if self.tokens < 1 or not self.prompts:
-            raise ValueError("evaluation needs samples.prompts and samples.tokens, at least one of each")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +142,14 @@ def make_loss(model: Model, *, z_loss: float = 0.0, chunks: int = 1) -> Loss:
     return loss
 
 
+def attention_backend(config: Config, mesh: Mesh) -> str:
+    """The backend of the training step; ValueError if the one asked for cannot compute it exactly."""
+    return resolve_backend(
+        config.compute.attention, platform=mesh.devices.flat[0].platform, dtype=config.compute.dtype,
+        head_dim=config.model.head_dim, q_len=config.pipeline.seq_len, segments=True, positions=True,
+        window=config.model.window, query_chunk=config.compute.query_chunk, context=mesh.shape["context"])
+
+
 def check(config: Config, mesh: Mesh) -> None:
     """ValueError for settings that do not fit together."""
     attention_backend(config, mesh)
@@ -177,14 +173,6 @@ class Prepared(NamedTuple):
     tokenizer: Tokenizer
     batches: Batches
     evaluate: Evaluation
-
-
-def attention_backend(config: Config, mesh: Mesh) -> str:
-    """The backend of the training step; ValueError if the one asked for cannot compute it exactly."""
-    return resolve_backend(
-        config.compute.attention, platform=mesh.devices.flat[0].platform, dtype=config.compute.dtype,
-        head_dim=config.model.head_dim, q_len=config.pipeline.seq_len, segments=True, positions=True,
-        window=config.model.window, query_chunk=config.compute.query_chunk, context=mesh.shape["context"])
 
 
 def adopt_model(config: Config) -> Config:
@@ -242,7 +230,7 @@ def prepare(config: Config) -> Prepared:
     loss = make_loss(model, chunks=config.loss_chunks)
     evaluate = make_evaluation(
         jax.jit(lambda params, batch: loss(params, batch, None)[1]["loss"]), model, tokenizer, held_out,
-        prompts=config.samples.prompts, max_new_tokens=config.samples.tokens, seq_len=config.pipeline.seq_len,
+        samples=config.samples, seq_len=config.pipeline.seq_len,
         batch_size=config.pipeline.batch_size // config.accumulate, mesh=mesh)
     tx = make_optimizer(config.optim, config.loop.steps)
     abstract_state(model.init, tx, mesh, PARAM_RULES)  # the mesh must divide every parameter
@@ -273,7 +261,7 @@ def claim(run: Prepared) -> None:
 
 def start(run: Prepared, checkpointer: Checkpointer) -> TrainState:
     """The state to train from: the newest checkpoint, given weights, or random ones."""
-    config, mesh, model, tx = run[:4]
+    config, mesh, model, tx = run.config, run.mesh, run.model, run.tx
     if config.resume:
         state = checkpointer.restore(abstract_state(model.init, tx, mesh, PARAM_RULES), run.batches)
         log.info("resumed at step %d", int(state.step))
@@ -292,7 +280,7 @@ def step_of(config: Config, model: Model, tx: optax.GradientTransformation, mesh
 
 def train(run: Prepared, ledger: Ledger) -> bool:
     """Runs to the end (True), or to a signal."""
-    config, mesh, model, tx = run[:4]
+    config, mesh, model, tx = run.config, run.mesh, run.model, run.tx
     step = step_of(config, model, tx, mesh)
     checkpointer = Checkpointer(
         config.folder, config.checkpoint, flags.to_json(lasting(config)), run.tokenizer.files())

@@ -28,8 +28,8 @@ from jaxlm.core.distributed import (
     is_primary,
     one_per_host,
     start,
-    stop_on_signal,
 )
+from jaxlm.core.signals import stop_on_signal
 from recipes.pretrain import PRESETS
 
 STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[001-002]", "SLURM_NTASKS": "2", "SLURM_PROCID": "0",
@@ -177,6 +177,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax._src import xla_bridge
 from jaxlm.core.distributed import *
+from jaxlm.core.signals import stop_on_signal
 arguments = json.loads(sys.argv[1])
 start(DistributedConfig(**arguments["config"]))
 if arguments["early"]:  # before the loop, as while it compiles
@@ -304,7 +305,7 @@ def test_processes_that_do_not_come_and_a_taken_port():
         taken = listener.getsockname()[1]
         first = spawn(flags(taken)[0])
         alone = spawn(flags(free_port(), timeout=1)[1])
-        no_cluster = spawn({"timeout": 5}, POD | {"JOB_COMPLETION_INDEX": "0"})
+        no_cluster = spawn({"timeout": 60}, POD | {"JOB_COMPLETION_INDEX": "0"})
         _, codes, errors = finish([first, alone, no_cluster])
     assert codes == [1, 1, 1]
     assert "ValueError: process 0 of 2 at 127.0.0.1:" in errors[0] and "cannot open port" in errors[0]

@@ -12,7 +12,8 @@ from jaxlm.model.config import ComputeConfig, ModelConfig, flops_per_token
 from jaxlm.model.decoder import build
 from jaxlm.train.chips import parse_topology, without_disk_cache
 from jaxlm.train.hlo import Frame, parse_module, trip_count
-from jaxlm.train.plan_cost import KINDS, count_cost, groups
+from jaxlm.train.hlo_groups import groups
+from jaxlm.train.plan_cost import KINDS, count_cost
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Several processes as one program: how they find each other, agree, stop together and end together.
+"""Several processes as one program: how they find each other, agree and end together.
 
 `jax.distributed` does the work: one coordination service in process 0, and heartbeats. A process that goes silent ends
 all others after `heartbeat` seconds, with a C++ message and SIGABRT; that is jax's way, and the scheduler restarts the
@@ -16,16 +16,14 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxlm.core.log import first_line
+from jaxlm.core.signals import ASKED, listen
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -94,8 +92,8 @@ def one_per_host(cluster: Cluster, environ: Mapping[str, str]) -> bool:
 def start(config: DistributedConfig, environ: Mapping[str, str] = os.environ) -> None:
     """Joins the other processes; flags win over the environment, and a process that stands alone starts nothing.
 
-    Must run before any device is touched. From here on SIGTERM waits for `stop_on_signal`. With SLURM and Open
-    MPI, one process a host gets all of its GPUs and several get one each (jax gives only one in both cases).
+    Must run before any device is touched. From here on SIGTERM waits for `core.signals.stop_on_signal`. With SLURM and
+    Open MPI, one process a host gets all of its GPUs and several get one each (jax gives only one in both cases).
 
     Raises ValueError: devices already in use, a port that is taken, processes that did not come in time, a cluster
     that jax cannot read.
@@ -132,7 +130,7 @@ def start(config: DistributedConfig, environ: Mapping[str, str] = os.environ) ->
                     "process-id instead"
         raise ValueError(f"{where} could not be set up: {cause}") from error
     if threading.current_thread() is threading.main_thread():
-        _listen(signal.SIGTERM, _ASKED)  # in place of jax's own handler, which it has just installed
+        listen(signal.SIGTERM, ASKED)  # in place of jax's own handler, which it has just installed
 
 
 def is_primary() -> bool:
@@ -203,65 +201,6 @@ def gather(text: str) -> list[str]:
     width = 1 << int(sizes.max()).bit_length()  # few widths, few compilations
     rows = multihost_utils.process_allgather(np.pad(data, (0, width - data.size)))
     return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
-
-
-@contextlib.contextmanager
-def stop_on_signal(mesh: Mesh) -> Iterator[Callable[[], bool]]:
-    """Yields `stop()`: whether to end the run now. Call it once before every step, in every process.
-
-    True once SIGTERM or SIGINT came; a second signal acts as usual. With several processes, one signal to any of them
-    is enough, and all get True at the same call, one after the next. There SIGTERM counts from `start` on. Only the
-    main thread can listen.
-    """
-    signals = (signal.SIGINT,) if _several() else (signal.SIGINT, signal.SIGTERM)
-    with _listening(signals, _ASKED if _several() else threading.Event()) as event:
-        yield _Vote(event, mesh) if _several() else event.is_set
-
-
-class _Vote:
-    """Whether an event is set in any process: a reduction on the devices, started now and read at the next call.
-
-    So no step waits for it. jax has a service for this (`multihost_utils.reached_preemption_sync_point`), which in a
-    soak on a busy machine once took 104 s to pass a SIGTERM on and once never did in 138 s.
-    """
-
-    def __init__(self, event: threading.Event, mesh: Mesh) -> None:
-        self._event, self._pending = event, None
-        self._split = NamedSharding(mesh, P(mesh.axis_names))
-        self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, P()))
-
-    def __call__(self) -> bool:
-        mine = np.full(jax.local_device_count(), self._event.is_set())
-        votes = jax.make_array_from_process_local_data(self._split, mine, (jax.device_count(),))
-        before, self._pending = self._pending, self._any(votes)
-        return bool(self._pending if before is None else before)  # a signal before the first step stops there
-
-
-_ASKED = threading.Event()  # a SIGTERM came since `start`
-
-
-@contextlib.contextmanager
-def _listening(signals: tuple[int, ...], event: threading.Event) -> Iterator[threading.Event]:
-    """`event`, which the first of each signal sets; the next one acts as before."""
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    previous = {signum: _listen(signum, event) for signum in signals}
-    try:
-        yield event
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
-
-
-def _listen(signum: int, event: threading.Event) -> Any:
-    """Sets `event` at the first signal, which then acts as before; returns the handler before."""
-    def handle(signum: int, frame: object) -> None:
-        signal.signal(signum, previous)
-        event.set()
-
-    previous = signal.signal(signum, handle)
-    return previous
 
 
 def _initialize(options: dict, timeout: float) -> None:

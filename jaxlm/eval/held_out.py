@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,9 +19,21 @@ from jaxlm.model.decoder import Model
 Evaluation = Callable[[Any, int], tuple[dict[str, float], str]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """What the model writes at every evaluation."""
+
+    prompts: tuple[str, ...] = ("일본의 통화는", "독일어는", "The currency of Japan is", "In Korean, Germany")
+    tokens: int = 32           # greedy tokens after each prompt
+
+    def __post_init__(self):
+        if self.tokens < 1 or not self.prompts:
+            raise ValueError("evaluation needs samples.prompts and samples.tokens, at least one of each")
+
+
 def make_evaluation(
     nll: Callable[[Any, Any], Mean], model: Model, tokenizer: Tokenizer, sources: Sequence[Source], *,
-    prompts: Sequence[str], max_new_tokens: int, batch_size: int, seq_len: int, mesh: Mesh,
+    samples: SampleConfig, batch_size: int, seq_len: int, mesh: Mesh,
 ) -> Evaluation:
     """`params, step -> ({"eval/bpb_LANGUAGE": bits per byte}, a report with the samples)`.
 
@@ -37,16 +50,16 @@ def make_evaluation(
               for language, documents in sorted(texts.items())}
     # The prompts, again and again until they fill the devices; decoding splits rows over every axis but `tensor`.
     count = mesh.size // mesh.shape["tensor"]
-    repeated = [prompts[i % len(prompts)] for i in range(-(-len(prompts) // count) * count)]
+    repeated = [samples.prompts[i % len(samples.prompts)] for i in range(-(-len(samples.prompts) // count) * count)]
     tokens, segments = left_pad([[tokenizer.bos_id, *tokenizer.encode(text)] for text in repeated], tokenizer.pad_id)
 
     def evaluate(params: Any, step: int) -> tuple[dict[str, float], str]:
         values = {f"eval/bpb_{language}": bits_per_byte(nll, params, batches, num_bytes, mesh)
                   for language, (batches, num_bytes) in loaded.items()}
-        out = greedy_decode(model, params, tokens, segments, max_new_tokens=max_new_tokens, eos_id=tokenizer.eos_id,
+        out = greedy_decode(model, params, tokens, segments, max_new_tokens=samples.tokens, eos_id=tokenizer.eos_id,
                             num_tokens=tokenizer.vocab_size)
         lines = [f"  {prompt} | {tokenizer.decode(row).strip()}".replace("\n", " ⏎ ")
-                 for prompt, row in zip(prompts, jax.device_get(out).tolist(), strict=False)]
+                 for prompt, row in zip(samples.prompts, jax.device_get(out).tolist(), strict=False)]
         numbers = "  ".join(f"{name.removeprefix('eval/bpb_')} {value:.4f}" for name, value in values.items())
         return values, "\n".join([f"held out at step {step}, bits per byte: {numbers}", *lines])
 

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 import jax
 from jax.sharding import Mesh
 
-from jaxlm.core.distributed import is_primary, stop_on_signal
+from jaxlm.core.distributed import is_primary
 from jaxlm.core.log import MetricLog, ProgressLine, human_count, human_seconds
 from jaxlm.core.mesh import put_batch
+from jaxlm.core.signals import stop_on_signal
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.measure import Ledger, memory_bytes
 from jaxlm.train.state import TrainState

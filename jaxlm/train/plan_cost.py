@@ -8,7 +8,6 @@ an update in place writes the update. Padding to the tiles of the memory is not 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxlm.train.hlo import Array, Computation, Frame, Instruction, Module, parse_module, trip_count
+from jaxlm.train.hlo_groups import groups
 
 BETWEEN = "slices"  # the members of an exchange between slices
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
@@ -260,48 +260,3 @@ def _kernel_flops(i: Instruction, operands: list[Instruction]) -> float | None:
 def _members(i: Instruction) -> str:
     key = "source_target_pairs" if i.op.startswith("collective-permute") else "replica_groups"
     return re.search(rf"{key}=(mesh.*?\}}|.*?)(?:, [a-z_]+=|$)", i.rest)[1].strip()
-
-
-@lru_cache(maxsize=1024)
-def groups(members: str) -> tuple[tuple[int, ...], ...]:
-    """Replica groups as tuples of device indices.
-
-    Three spellings: `{{0,1},{2,3}}`, `[2,2]<=[4]` (with `T(1,0)`: transposed first), and over axes of a mesh,
-    `mesh['a'=2,'b'=2] {'b'}` or a part of an axis, `{'a':(1)2}`: size 2 after what the 1 before it takes; with
-    `device_ids=(...)` before the axes, a list or `[2,2]T(1,0)`, which are the devices of the mesh.
-    """
-    if members.startswith("{"):
-        return tuple(tuple(int(n) for n in group.split(",")) for group in re.findall(r"\{([\d,]+)\}", members))
-    if members.startswith("["):
-        shape, base, order = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", members).groups()
-        ids = _iota(base, order)
-        return tuple(map(tuple, ids.reshape([int(n) for n in shape.split(",")]).tolist()))
-    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", members)}
-    ids = np.arange(math.prod(sizes.values()))
-    if listed := re.search(r"device_ids=\((.*?\]?(?:T\([\d,]+\))?)\)", members):
-        permuted = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", listed[1])
-        ids = _iota(*permuted.groups()) if permuted else np.array([int(n) for n in listed[1].split(",")])
-    chosen = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", members[members.rindex("{"):])
-    shape, taken = [], []
-    for name, size in sizes.items():
-        parts = sorted((int(before or 1), int(part or size)) for axis, before, part in chosen if axis == name)
-        at = 1
-        for before, part in parts:
-            shape += [before // at, part]
-            taken.append(len(shape) - 1)
-            at = before * part
-        shape.append(size // at)
-    kept = [axis for axis in range(len(shape)) if axis not in taken]
-    ids = ids.reshape(shape).transpose(kept + taken)
-    return tuple(map(tuple, ids.reshape(-1, math.prod(shape[axis] for axis in taken)).tolist()))
-
-
-def _iota(base: str, order: str | None) -> np.ndarray:
-    shape = [int(n) for n in base.split(",")]
-    ids = np.arange(math.prod(shape)).reshape(shape)
-    return (ids.transpose([int(n) for n in order.split(",")]) if order else ids).reshape(-1)
-
-
-def pairs(members: str) -> Iterator[tuple[int, int]]:
-    """(source, target) of a collective-permute, device indices."""
-    return ((int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", members))

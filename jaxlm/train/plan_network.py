@@ -8,7 +8,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlm.train.chips import Topology
-from jaxlm.train.plan_cost import BETWEEN, Collective, groups, pairs
+from jaxlm.train.hlo_groups import groups, pairs
+from jaxlm.train.plan_cost import BETWEEN, Collective
 
 
 class Exchange(NamedTuple):
