@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +104,34 @@ def test_sigterm_saves_and_resume_is_bit_identical(tmp_path):
     assert finished
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     np.testing.assert_array_equal(whole.params["w"], resumed.params["w"])
+
+
+@pytest.mark.parametrize(("compute", "load", "waits"), [(0.15, 0.05, False), (0.0, 0.1, True)])
+def test_only_loading_that_the_devices_wait_for_counts(tmp_path, capfd, compute, load, waits):
+    """A step that takes longer than loading hides it; one that is done before does not."""
+    def slow(x):
+        return jax.pure_callback(lambda x: (time.sleep(compute), x)[1], x, x)
+
+    tx, init = optax.sgd(optax.constant_schedule(1e-3)), lambda key: {"w": jnp.ones(())}
+    def slow_loss(params, batch, key):
+        total, metrics = loss(params, batch, key)
+        seen = jax.lax.stop_gradient(slow(jnp.zeros(())))
+        return total + seen, {"loss": metrics["loss"]._replace(total=metrics["loss"].total + seen)}
+
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    step = make_step(slow_loss, tx, optax.constant_schedule(1e-3), mesh=mesh, rules=RULES)
+    batches = Numbers(dict.fromkeys(range(1, 13), lambda: time.sleep(load)))
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(every=100), {}, {})
+    metric_log, ledger = MetricLog(tmp_path), Ledger()
+    fit(init_state(init, tx, jax.random.key(0), mesh, RULES), step, batches, mesh=mesh, flops_ratio=1e-3,
+        config=LoopConfig(steps=12, log_every=4), checkpointer=checkpointer, metric_log=metric_log, ledger=ledger)
+    for part in (checkpointer, metric_log, ledger):
+        part.close()
+    waited = [r["data_wait"] for r in read_metrics(tmp_path / "metrics.jsonl") if r["step"] in (8, 12) and "loss" in r]
+    assert all(share > 0.5 if waits else share < 0.3 for share in waited), waited
+    shares = next(r for r in read_metrics(tmp_path / "metrics.jsonl") if "goodput/step" in r)
+    assert sum(shares[f"goodput/{name}"] for name in ledger.seconds) == pytest.approx(1)
+    assert f"data {waited[-1]:.0%}" in capfd.readouterr().out
 
 
 def test_non_finite_steps_are_skipped_counted_and_then_stop_the_run(tmp_path, caplog):

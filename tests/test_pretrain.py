@@ -163,6 +163,10 @@ def test_wrong_flags_and_data(tmp_path, corpus, capfd):
         "weight has an effect on training sources only": ["--data.held-out", corpus[0]],
         "holds no run": ["--resume"],
         "give one of them": ["--resume", "--overwrite"],
+        "--plan writes nothing: leave out --resume": ["--resume", "--plan", "v5e:2x2"],
+        r"unknown chip 'v5q' \(did you mean 'v5": ["--plan", "v5q:2x2"],
+        "fsdp 3, context 1, tensor 1 take 3 devices, which do not divide the 4 here": [
+            "--plan", "v5e:2x2", "--mesh.fsdp", "3"],
     }
     for message, arguments in cases.items():
         assert re.search(message, refused(capfd, *ok, *arguments)), (message, arguments)
