@@ -206,9 +206,9 @@ def lasting(config: Config) -> Config:
 
 
 def prepare(config: Config) -> Prepared:
-    """Everything that can fail for reasons of the user, before a parameter is allocated: ValueError.
+    """Everything that can fail for reasons of the user: ValueError, before anything is written or trained.
 
-    Every process does this by itself; nothing is written.
+    Every process does this by itself.
     """
     check_folder(config.folder, resume=config.resume, overwrite=config.overwrite)
     config = adopt_model(config)

@@ -208,7 +208,7 @@ def _disturbed(config: Config, run: Path, arguments: list[str], steps: int, star
             _settle(group, struck, 60 + 3 * start, tally)
         finally:
             group.kill()
-        reached, kept = _last_step(run), _latest(run)
+        reached, kept = _last_step(run) if group.reported() else saved, _latest(run)
         if not any(group.codes()):
             if kept == steps:
                 return tally
@@ -324,7 +324,8 @@ def _records(run: Path) -> list[dict[str, Any]]:
 
 
 def _last_step(run: Path) -> int:
-    return max((record["step"] for record in _records(run) if "loss" in record), default=0)
+    """The step reported last; an attempt before may have reported later ones, which no checkpoint held."""
+    return next((record["step"] for record in reversed(_records(run)) if "loss" in record), 0)
 
 
 def _latest(run: Path) -> int:
