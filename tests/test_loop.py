@@ -106,7 +106,7 @@ def test_sigterm_saves_and_resume_is_bit_identical(tmp_path):
     np.testing.assert_array_equal(whole.params["w"], resumed.params["w"])
 
 
-@pytest.mark.parametrize(("compute", "load", "waits"), [(0.15, 0.05, False), (0.0, 0.1, True)])
+@pytest.mark.parametrize(("compute", "load", "waits"), [(0.3, 0.05, False), (0.0, 0.3, True)])
 def test_only_loading_that_the_devices_wait_for_counts(tmp_path, capfd, compute, load, waits):
     """A step that takes longer than loading hides it; one that is done before does not."""
     def slow(x):
