@@ -5,6 +5,7 @@ a batch, `tensor` heads, feed-forward columns and the vocabulary; both read the 
 `AxisType.Auto`) inserts the collectives.
 """
 
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.core.tree import path_name
@@ -91,14 +92,19 @@ def match_rule(name: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> P
     if len(spec) > len(shape):
         raise ValueError(f"the sharding rule of parameter '{name}', {spec}, has more dimensions than its shape {shape}")
     for i, (size, axes) in enumerate(zip(shape, spec, strict=False)):  # a shorter spec leaves the last ones whole
-        axes = (axes,) if isinstance(axes, str) else axes or ()
-        parts = math.prod(mesh.shape[axis] for axis in axes)
+        axes, parts = split_axes(axes, mesh)
         if size % parts:
             fitting = [n for n in range(1, parts + 1) if size % n == 0]
             raise ValueError(
                 f"parameter '{name}' of shape {shape} cannot be split: dimension {i} of size {size} does not divide by "
                 f"{parts} (mesh axes {', '.join(axes)}); {', '.join(map(str, fitting))} would")
     return spec
+
+
+def split_axes(entry: str | Sequence[str] | None, mesh: Mesh | AbstractMesh) -> tuple[tuple[str, ...], int]:
+    """The mesh axes in one entry of a spec, and into how many parts they split a dimension."""
+    axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
+    return axes, math.prod(mesh.shape[axis] for axis in axes)
 
 
 def tree_shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
@@ -139,9 +145,15 @@ def data_shard(mesh: Mesh, process: int | None = None) -> DataShard:
     return DataShard(parts.index(tuple(sorted(rows[process]))), len(parts))
 
 
+@functools.lru_cache
+def _num_loaders(mesh: Mesh) -> int:
+    """`data_shard(mesh).count`, which looks at every device of the mesh: once, not at every step."""
+    return data_shard(mesh).count
+
+
 def put_batch(batch: Any, mesh: Mesh) -> Any:
     """The rows that this process loaded (its `data_shard`), [B / count, T], as global arrays [B, T]."""
-    count = data_shard(mesh).count
+    count = _num_loaders(mesh)
 
     def put(leaf: np.ndarray) -> jax.Array:
         sharding = NamedSharding(mesh, P(*BATCH[: leaf.ndim]))

@@ -1,7 +1,6 @@
 """What every attention backend is given: labels of queries and keys, the mask they mean, the part of each device."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxlm.core.mesh import ROWS
+from jaxlm.core.mesh import ROWS, split_axes
 from jaxlm.model.partition import HEADS
 
 
@@ -106,8 +105,7 @@ def per_device(
         return compute(q_BTNH, k_BSKH, v_BSKH, call, table)
     sizes = {"rows": q_BTNH.shape[0], "tokens a row": q_BTNH.shape[1], "key-value heads": k_BSKH.shape[2]}
     for (name, size), axes in zip(sizes.items(), HEADS[:3], strict=True):
-        axes = (axes,) if isinstance(axes, str) else axes
-        parts = math.prod(mesh.shape[axis] for axis in axes)
+        axes, parts = split_axes(axes, mesh)
         if size % parts:
             raise ValueError(f"attention cannot be split: {size} {name} do not divide by {parts} (mesh axes "
                              f"{', '.join(axes)})")

@@ -1,6 +1,5 @@
 """The decoder as pure functions of a parameter tree. Flax Linen stays inside this package."""
 
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -8,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxlm.core.mesh import constrain
+from jaxlm.core.mesh import constrain, split_axes
 from jaxlm.model.attention import attention
 from jaxlm.model.cache import Cache, reserve
 from jaxlm.model.config import ComputeConfig, ModelConfig
@@ -202,8 +201,7 @@ class Model:
         mesh = jax.sharding.get_abstract_mesh()
         if not mesh.empty:
             for size, axes in zip(tokens.shape, activations(cache is not None), strict=True):
-                axes = (axes,) if isinstance(axes, str) else axes or ()
-                parts = math.prod(mesh.shape[axis] for axis in axes)
+                axes, parts = split_axes(axes, mesh)
                 if size % parts:
                     raise ValueError(f"tokens of shape {tokens.shape} cannot be split: {size} does not divide by "
                                      f"{parts} (mesh axes {', '.join(axes)})")
