@@ -22,7 +22,8 @@ from jaxlm.core import config as flags
 from jaxlm.core.log import human_count, setup_logging
 from jaxlm.core.tree import count_parameters
 from jaxlm.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer, save_tokenizer, tokenizer_from_files
-from jaxlm.generate.decode import greedy_decode, left_pad
+from jaxlm.generate.engine import Engine, generate
+from jaxlm.generate.settings import SamplingConfig
 from jaxlm.model.config import ModelConfig
 from jaxlm.model.decoder import build
 from jaxlm.model.gguf import gguf_special_tokens, gguf_tokenizer_json, load_gguf
@@ -81,11 +82,10 @@ def complete(config: Config, model: Loaded) -> str:
     """The greedy continuation of the prompt."""
     if model.tokenizer is None:
         raise ValueError(f"--prompt needs a tokenizer, and {config.source} has none")
-    tokens, segments = left_pad([[*model.start, *model.tokenizer.encode(config.prompt)]], model.tokenizer.pad_id)
-    out = greedy_decode(build(model.config), jax.tree.map(jnp.asarray, model.params), tokens, segments,
-                        max_new_tokens=config.max_new_tokens, eos_id=model.tokenizer.eos_id,
-                        num_tokens=model.tokenizer.vocab_size)
-    return model.tokenizer.decode(jax.device_get(out)[0].tolist())
+    engine = Engine(model=build(model.config), params=jax.tree.map(jnp.asarray, model.params),
+                    eos_id=model.tokenizer.eos_id, tokenizer=model.tokenizer)
+    prompt = [*model.start, *model.tokenizer.encode(config.prompt)]
+    return generate(engine, [prompt], SamplingConfig(max_new_tokens=config.max_new_tokens))[0].text
 
 
 def convert(config: Config) -> None:

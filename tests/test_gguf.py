@@ -9,13 +9,15 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
 from jaxlm.core.tree import named_leaves
 from jaxlm.data.tokenizer import JsonTokenizer
-from jaxlm.generate.decode import greedy_decode, left_pad
+from jaxlm.generate.decode import complete, pad
+from jaxlm.generate.settings import SamplingConfig, make_settings
 from jaxlm.model.config import ModelConfig, RopeScaling
 from jaxlm.model.decoder import build
 from jaxlm.model.gguf import gguf_special_tokens, gguf_tokenizer_json, load_gguf
@@ -50,15 +52,15 @@ def test_a_real_checkpoint_decodes_as_elsewhere(smollm2):
     config, params = load_gguf(smollm2)
     assert config == MODELS["smollm2_135m"]
     model, cases = build(config), [case for case in GOLDEN if case[2]]
-    tokens, segments = left_pad([prompt for _, prompt, _, _ in cases], EOS)
-    written = np.asarray(greedy_decode(model, params, tokens, segments, max_new_tokens=16, eos_id=EOS))
+    tokens, mask = pad([prompt for _, prompt, _, _ in cases])
+    greedy = make_settings([SamplingConfig()] * len(cases), config.vocab_size)
+    written = np.asarray(complete(model, params, tokens, mask, greedy, max_new_tokens=16, eos_id=EOS))
     assert written.tolist() == [continuation for _, _, continuation, _ in cases]
-
-    positions = np.maximum(np.cumsum(segments, axis=1) - 1, 0)
 
     @jax.jit  # the parameters are an argument: as constants they would be folded, slowly
     def last_logits(params):
-        return model.apply(params, tokens, segments=segments, positions=positions).logits[:, -1]
+        logits = model.apply(params, tokens).logits
+        return jnp.take_along_axis(logits, mask.sum(axis=1)[:, None, None] - 1, axis=1)[:, 0]
 
     logits = np.asarray(last_logits(params))
     for row, (_, _, _, top) in zip(logits, cases, strict=True):

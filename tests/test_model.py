@@ -13,7 +13,7 @@ import pytest
 
 from jaxlm.core.mesh import MeshConfig, make_mesh, put_batch, tree_shardings
 from jaxlm.core.tree import named_leaves
-from jaxlm.model.cache import init_cache, reserve
+from jaxlm.model.cache import init_cache, keep_path
 from jaxlm.model.config import Activation, ComputeConfig, ModelConfig, RematPolicy, RopeScaling
 from jaxlm.model.decoder import REMAT_POLICIES, build
 from jaxlm.model.layers import ACTIVATIONS
@@ -225,29 +225,78 @@ def test_padded_rows_change_nothing(chunk):
     close((loss, grads), (expected, gradients))
 
 
-PADDINGS = {"none": [(0, 10)] * 3, "left": [(4, 10), (0, 10), (4, 10)], "right": [(0, 6), (0, 10), (0, 6)]}
+def decode_in_pieces(model, params, tokens, cuts, lengths, dtype="float32"):
+    """Logits of tokens that go through a cache piece by piece; row b keeps `lengths[b]` of the first piece."""
+    rows, total = tokens.shape
+    cache, pieces = init_cache(model.config, rows, total + 2, dtype), []
+    for start, stop in zip((0, *cuts), (*cuts, total), strict=True):
+        out = forward(model, params, tokens[:, start:stop], cache=cache)
+        cache, pieces = out.cache, [*pieces, out.logits]
+        if start == 0:
+            cache = cache._replace(length=lengths)
+    return jnp.concatenate(pieces, axis=1), cache
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma"])
-@pytest.mark.parametrize("padding", PADDINGS)
-def test_cached_decoding_equals_the_full_forward(name, padding):
+@pytest.mark.parametrize("lengths", [(10, 10, 10), (6, 10, 1)])
+def test_cached_decoding_equals_the_full_forward(name, lengths):
+    """Prompts of the same and of different lengths (the first 10 columns), then four tokens one by one."""
     config = VARIANTS[name]
     model, params, tokens = build(config), params_of(config), tokens_of(10, 3, 14)
-    segments = np.ones((3, 14), np.int32)
-    for row, (start, stop) in enumerate(PADDINGS[padding]):
-        segments[row, :start] = segments[row, stop:10] = 0  # the prompt is the first 10, four tokens follow
-    positions = jnp.asarray(np.maximum(np.cumsum(segments, axis=1) - 1, 0))
-    expected = [forward(model, params, tokens[row][segments[row] == 1][None]).logits[0] for row in range(3)]
-    for cuts in ((10, 11, 12, 13), (1, 2, 6, 10, 11, 12, 13)):  # the prompt whole and in pieces, then one by one
-        cache, pieces = init_cache(config, 3, 16), []
-        for start, stop in zip((0, *cuts), (*cuts, 14), strict=True):
-            labels = {} if padding == "none" else {
-                "positions": positions[:, start:stop], "segments": jnp.asarray(segments[:, start:stop])}
-            out = forward(model, params, tokens[:, start:stop], cache=cache, **labels)
-            cache, pieces = out.cache, [*pieces, out.logits]
-        assert int(cache.length) == 14
-        logits = jnp.concatenate(pieces, axis=1)
-        close([logits[row][segments[row] == 1] for row in range(3)], expected)
+    kept = [np.r_[:n, 10:14] for n in lengths]
+    expected = [forward(model, params, tokens[row][kept[row]][None]).logits[0] for row in range(3)]
+    for cuts in ((10, 11, 12, 13), (10, 13)):
+        logits, cache = decode_in_pieces(model, params, tokens, cuts, jnp.asarray(lengths))
+        np.testing.assert_array_equal(cache.length, np.asarray(lengths) + 4)
+        close([logits[row][kept[row]] for row in range(3)], expected)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma"])
+def test_a_tree_of_tokens_equals_its_paths(name):
+    """Every node sees its path, and the path that is kept leaves the cache of a plain decode."""
+    config = VARIANTS[name]
+    model, params = build(config), params_of(config)
+    prompt, nodes = tokens_of(16, 2, 5), tokens_of(17, 2, 6)
+    #           0 -> 1 -> 2 -> 4;  1 -> 3;  0 -> 5
+    paths = [(0,), (0, 1), (0, 1, 2), (0, 1, 3), (0, 1, 2, 4), (0, 5)]
+    tree = np.zeros((6, 6), bool)
+    for node, path in enumerate(paths):
+        tree[node, list(path)] = True
+    lengths = jnp.asarray([5, 3])
+    start = forward(model, params, prompt, cache=init_cache(config, 2, 12)).cache._replace(length=lengths)
+    out = forward(model, params, nodes, cache=start, tree=jnp.asarray(np.stack([tree] * 2)))
+    for row, length in enumerate((5, 3)):
+        for node, path in enumerate(paths):
+            chain = jnp.concatenate((prompt[row, :length], nodes[row, list(path)]))
+            close(out.logits[row, node], forward(model, params, chain[None]).logits[0, -1])
+    kept = keep_path(out.cache, lengths, jnp.asarray([[1, 2, 4]] * 2))._replace(length=lengths + 4)
+    plain = forward(model, params, nodes[:, jnp.asarray([0, 1, 2, 4])], cache=start).cache
+    for row, length in enumerate((9, 7)):
+        close((kept.k[:, row, :, :length], kept.v[:, row, :, :length]),
+              (plain.k[:, row, :, :length], plain.v[:, row, :, :length]))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.02), ("int8", 0.04)])
+def test_a_smaller_cache_is_nearly_the_same(dtype, tolerance):
+    config = VARIANTS["gemma"]
+    model, params, tokens = build(config), params_of(config), tokens_of(10, 3, 14)
+    expected = forward(model, params, tokens).logits
+    logits, cache = decode_in_pieces(model, params, tokens, (10, 11, 12, 13), jnp.full(3, 10), dtype)
+    assert cache.k.dtype == cache.v.dtype == dtype
+    error = jnp.abs(logits - expected).max() / jnp.abs(expected).max()
+    assert 1e-6 < error < tolerance, error
+
+
+def test_what_lies_beyond_the_length_is_not_seen_and_the_end_is_not_overrun():
+    model, params, tokens = build(CONFIG), params_of(CONFIG), tokens_of(18, 2, 8)
+    cache = forward(model, params, tokens[:, :6], cache=init_cache(CONFIG, 2, 8)).cache._replace(
+        length=jnp.asarray([3, 7]))
+    spoilt = cache._replace(k=cache.k.at[:, 0, :, 3:].set(jnp.nan), v=cache.v.at[:, 0, :, 3:].set(1e9))
+    spoilt = spoilt._replace(k=spoilt.k.at[:, 0, :, 3:].set(1e9))
+    for of in (cache, spoilt):
+        out = forward(model, params, tokens[:, 6:], cache=of)
+        close(out.logits[0], forward(model, params, tokens[:1][:, jnp.asarray([0, 1, 2, 6, 7])]).logits[0, 3:])
+        np.testing.assert_array_equal(out.cache.k[:, 1, :, :7], of.k[:, 1, :, :7])  # the second token found no slot
 
 
 MESH_CONFIG = ModelConfig(
@@ -395,8 +444,10 @@ def test_a_chosen_backend_is_kept():
     ({"segments": jnp.ones((2, 3), jnp.int32)}, r"segments must be integers of the tokens' shape \(2, 4\)"),
     ({"segments": jnp.ones((2, 4))}, "segments must be integers .* got float32"),
     ({"tokens": jnp.zeros((1, 65), jnp.int32)}, "65 tokens are more than max_positions 64: .* give positions"),
-    ({"cache": init_cache(replace(CONFIG, num_layers=2), 2, 8)}, r"the cache has .* \(2, 2, 6, 'float32'\)"),
-    ({"cache": init_cache(CONFIG, 2, 8, jnp.bfloat16)}, "'bfloat16'.*, this model .* 'float32'"),
+    ({"cache": init_cache(replace(CONFIG, num_layers=2), 2, 8)}, r"the cache has .* \(2, 2, 6\), this model"),
+    ({"cache": init_cache(CONFIG, 2, 8), "segments": jnp.ones((2, 4), jnp.int32)}, "leave positions and segments None"),
+    ({"cache": init_cache(CONFIG, 2, 8), "tree": jnp.ones((2, 4, 3), bool)}, r"tree must be \[B, T, T\]"),
+    ({"tree": jnp.ones((2, 4, 4), bool)}, "a tree of tokens needs a cache"),
     ({"cache": init_cache(CONFIG, 3, 8)}, "2 rows of 4 tokens do not fit a cache of 3 rows and 8 slots"),
     ({"cache": init_cache(CONFIG, 2, 3)}, "2 rows of 4 tokens do not fit a cache of 2 rows and 3 slots"),
 ])
@@ -410,11 +461,3 @@ def test_positions_may_go_beyond_the_context():
     out = forward(build(CONFIG), params_of(CONFIG), tokens, positions=jnp.arange(65)[None])
     assert np.all(np.isfinite(out.logits))
 
-
-def test_reserve_labels_the_next_slots():
-    cache = init_cache(CONFIG, 2, 5)
-    cache = reserve(cache, jnp.asarray([[0, 1], [1, 1]]), jnp.asarray([[0, 0], [0, 1]]))
-    cache = reserve(cache, jnp.asarray([[1], [1]]), jnp.asarray([[1], [2]]))
-    np.testing.assert_array_equal(cache.segments, [[0, 1, 1, 0, 0], [1, 1, 1, 0, 0]])
-    np.testing.assert_array_equal(cache.positions, [[0, 0, 1, 0, 0], [0, 1, 2, 0, 0]])
-    assert int(cache.length) == 3

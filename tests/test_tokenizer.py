@@ -77,6 +77,41 @@ def test_decode_hides_only_bos_eos_pad(tokenizer):
 
 
 @each
+def test_spans_cover_the_text_and_give_the_same_ids(tokenizer):
+    for text in random_texts(400):
+        for inside in (False, True):
+            ids, spans = tokenizer.encode_spans(text, inside=inside)
+            assert ids == tokenizer.encode(text) and len(spans) == len(ids)
+            assert {i for start, end in spans for i in range(start, end)} == set(range(len(text))), repr(text)
+            assert spans == sorted(spans) and all(start < end for start, end in spans)
+            for i, (start, end) in zip(ids, spans, strict=True):
+                # A token of whole characters is its span; others are bytes of one.
+                assert "\ufffd" in tokenizer.decode([i]) or tokenizer.decode([i]) == text[start:end]
+
+
+def test_spans_of_the_docstring():
+    assert ByteTokenizer().encode_spans("a한") == ([97, 0xED, 0x95, 0x9C], [(0, 1), (1, 2), (1, 2), (1, 2)])
+
+
+@each
+def test_symbols_and_bytes(tokenizer):
+    assert {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id} <= {one.id for one in tokenizer.symbols.values()}
+    assert all(tokenizer.token_id(name) == one.id for name, one in tokenizer.symbols.items())
+    found = set(tokenizer.encode(" ".join(tokenizer.symbols) + "".join(tokenizer.symbols)))
+    assert not found & {one.id for one in tokenizer.symbols.values()}
+    for byte in range(256):
+        i = tokenizer.byte_id(byte)
+        assert tokenizer.decode([i]) == bytes([byte]).decode("utf-8", errors="replace")
+    assert tokenizer.decode([tokenizer.byte_id(byte) for byte in "한👍".encode()]) == "한👍"
+
+
+def test_symbols_are_what_text_cannot_forge():
+    assert {"<s>", "<pad>", "<|user|>"} <= SENTENCEPIECE.symbols.keys()
+    assert not {"<think>", "<unk>"} & SENTENCEPIECE.symbols.keys()
+    assert set(ALL["json"].symbols) == {"<s>", "</s>", "<pad>", "<|im_start|>"}
+
+
+@each
 def test_storage_pickle_fingerprint(tokenizer, tmp_path):
     save_tokenizer(tokenizer, tmp_path / "a" / "b")
     for copy in (load_tokenizer(tmp_path / "a" / "b"), tokenizer_from_files(tokenizer.files()),

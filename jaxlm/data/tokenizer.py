@@ -7,9 +7,11 @@ a special token spelled out in user text stays text (see each class for what its
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import sentencepiece
 import tokenizers
@@ -25,8 +27,20 @@ USUAL_NAMES = {
     "pad": ("<pad>", "[PAD]", "<|PAD|>", "<|pad|>", "<|finetune_right_pad_id|>", "<|padding|>", "<|endoftext|>"),
 }
 BYTE_PIECES = 256
+# The letters of byte-level BPE: printable Latin-1 stands for itself, other bytes for U+0100 and up, in order (GPT-2).
+_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
+BYTE_LETTERS = {byte: chr(byte) for byte in _PRINTABLE} | {
+    byte: chr(BYTE_PIECES + i) for i, byte in enumerate(sorted({*range(BYTE_PIECES)} - {*_PRINTABLE}))}
 # sentencepiece writes a space as U+2581, so a real U+2581 must not reach it.
 _SPACE_SIGN = "\u2581"
+
+
+class Symbol(NamedTuple):
+    """A special token, and whether it takes the spaces before and after it with it, as some files ask for."""
+
+    id: int
+    takes_left: bool = False
+    takes_right: bool = False
 
 
 class Tokenizer(Protocol):
@@ -36,9 +50,21 @@ class Tokenizer(Protocol):
     bos_id: int
     eos_id: int
     pad_id: int
+    symbols: Mapping[str, Symbol]  # by name; `encode` never yields one, a chat template's own text may name them
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, without special tokens."""
+        ...
+
+    def encode_spans(self, text: str, *, inside: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of `encode` and the characters [start, end) each stands for; bytes of one character share its span.
+
+        `inside`: the text follows a special token, so that what a file adds before a whole text is not added.
+        """
+        ...
+
+    def byte_id(self, byte: int) -> int | None:
+        """The token that stands for this one byte of UTF-8, if there is one."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -83,6 +109,7 @@ class SentencePieceTokenizer:
         self._control = {i: processor.id_to_piece(i) for i in range(self.vocab_size)
                          if processor.is_control(i) or processor.is_unknown(i)}
         self._hidden = {self.bos_id, self.eos_id, self.pad_id}
+        self.symbols = {name: Symbol(i) for i, name in self._control.items() if processor.is_control(i)}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._model,)
@@ -94,6 +121,25 @@ class SentencePieceTokenizer:
         sign = [self._bytes[byte] for byte in _SPACE_SIGN.encode("utf-8")]
         first, *rest = text.split(_SPACE_SIGN)
         return self._processor.encode(first) + [i for part in rest for i in sign + self._processor.encode(part)]
+
+    def encode_spans(self, text: str, *, inside: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode` with spans. A model's dummy prefix is added inside, too: `decode` drops it after every symbol."""
+        ids, spans, start = [], [], 0
+        for part in re.split(f"({_SPACE_SIGN})", text) if self._bytes else [text]:
+            if part == _SPACE_SIGN and self._bytes:
+                sign = self.encode(part)
+                ids, spans = ids + sign, spans + [(start, start + 1)] * len(sign)
+            else:
+                pieces = self._processor.encode(part, out_type="proto").pieces
+                chars = {byte: i for i, byte in enumerate(accumulate((len(c.encode()) for c in part), initial=0))}
+                ids += [piece.id for piece in pieces]
+                spans += [(start + chars[piece.begin], start + chars[piece.end]) for piece in pieces]
+            start += len(part)
+        return ids, _without_empty(spans)
+
+    def byte_id(self, byte: int) -> int | None:
+        """`<0xNN>`, in a model with byte fallback."""
+        return self._bytes[byte] if self._bytes else None
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; control symbols other than bos, eos and pad appear by name."""
@@ -143,10 +189,15 @@ class JsonTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
+        # Without its special tokens post-processing moves spans only: a space would belong to no token.
+        self._tokenizer.post_processor = None
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         self._names = {kind: self._find(kind, name) for kind, name in (("bos", bos), ("eos", eos), ("pad", pad))}
         self.bos_id, self.eos_id, self.pad_id = (self._tokenizer.token_to_id(name) for name in self._names.values())
         self._hidden = {self.bos_id, self.eos_id, self.pad_id}
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.symbols = {name: Symbol(self._tokenizer.token_to_id(name)) for name in self._names.values()} | {
+            token.content: Symbol(i, token.lstrip, token.rstrip) for i, token in added.items() if token.special}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return functools.partial(type(self), **self._names), (self._content,)
@@ -154,6 +205,15 @@ class JsonTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of the text, without the file's post-processing ([CLS], BOS and the like)."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_spans(self, text: str, *, inside: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode` with spans; inside, the space that some files put before a text is left out."""
+        encoding = (self._inside if inside else self._tokenizer).encode(text, add_special_tokens=False)
+        return encoding.ids, _without_empty(encoding.offsets)
+
+    def byte_id(self, byte: int) -> int | None:
+        """`<0xNN>`, or the letter that byte-level BPE writes for the byte."""
+        return self._bytes.get(byte)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special tokens other than bos, eos and pad appear by name."""
@@ -176,6 +236,31 @@ class JsonTokenizer:
         """SHA-256 of both files."""
         return _fingerprint(self.files())
 
+    @functools.cached_property
+    def _bytes(self) -> dict[int, int]:
+        for names in ({byte: f"<0x{byte:02X}>" for byte in range(BYTE_PIECES)}, BYTE_LETTERS):
+            ids = {byte: i for byte, name in names.items() if (i := self._tokenizer.token_to_id(name)) is not None}
+            # Elsewhere such a name is a text like any other; here it is half a character.
+            if any(self._tokenizer.decode([i]) == "\ufffd" for byte, i in ids.items() if byte >= 0x80):
+                return ids
+        return {}
+
+    @functools.cached_property
+    def _inside(self) -> tokenizers.Tokenizer:
+        """The tokenizer for text after a special token: Metaspace may put a space before the first text only."""
+        content = json.loads(self._content)
+        splits = content["pre_tokenizer"] or {}
+        first = [step for step in (splits, *splits.get("pretokenizers", ())) if step.get("prepend_scheme") == "first"]
+        if not first:
+            return self._tokenizer
+        for step in first:
+            step["prepend_scheme"] = "never"
+        inside = tokenizers.Tokenizer.from_str(json.dumps(content))
+        inside.no_truncation()
+        inside.no_padding()
+        inside.encode_special_tokens, inside.post_processor = True, None
+        return inside
+
     def _added(self) -> list[str]:
         return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
 
@@ -195,10 +280,19 @@ class ByteTokenizer:
 
     vocab_size, bos_id, eos_id, pad_id = BYTE_PIECES + 3, BYTE_PIECES, BYTE_PIECES + 1, BYTE_PIECES + 2
     _names: Mapping[str, int] = {"<bos>": bos_id, "<eos>": eos_id, "<pad>": pad_id}
+    symbols: Mapping[str, Symbol] = {"<bos>": Symbol(bos_id), "<eos>": Symbol(eos_id), "<pad>": Symbol(pad_id)}
 
     def encode(self, text: str) -> list[int]:
         """One id for each byte."""
         return list(text.encode("utf-8"))
+
+    def encode_spans(self, text: str, *, inside: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """One id for each byte, with the place of its character."""
+        return self.encode(text), [(i, i + 1) for i, character in enumerate(text) for _ in character.encode("utf-8")]
+
+    def byte_id(self, byte: int) -> int | None:
+        """The byte itself."""
+        return byte
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the bytes; what is no UTF-8 becomes U+FFFD."""
@@ -287,6 +381,15 @@ def _checked(ids: Iterable[int], vocab_size: int) -> list[int]:
         if not 0 <= i < vocab_size:
             raise ValueError(f"id {i} is outside the vocabulary of {vocab_size}")
     return ids
+
+
+def _without_empty(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans in which a token without characters of its own, a part of a character, has those of the next token."""
+    filled, following = [], None
+    for start, end in reversed(spans):
+        following = (start, end) if start < end or following is None else following
+        filled.append(following)
+    return filled[::-1]
 
 
 def _byte_ids(processor: sentencepiece.SentencePieceProcessor) -> list[int]:

@@ -13,7 +13,8 @@ from jaxlm.data.pipeline import eval_batches
 from jaxlm.data.sources import Source
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.eval.likelihood import bits_per_byte
-from jaxlm.generate.decode import greedy_decode, left_pad
+from jaxlm.generate.decode import complete, pad
+from jaxlm.generate.settings import SamplingConfig, make_settings
 from jaxlm.model.decoder import Model
 
 Evaluation = Callable[[Any, int], tuple[dict[str, float], str]]
@@ -51,13 +52,14 @@ def make_evaluation(
     # The prompts, again and again until they fill the devices; decoding splits rows over every axis but `tensor`.
     count = mesh.size // mesh.shape["tensor"]
     repeated = [samples.prompts[i % len(samples.prompts)] for i in range(-(-len(samples.prompts) // count) * count)]
-    tokens, segments = left_pad([[tokenizer.bos_id, *tokenizer.encode(text)] for text in repeated], tokenizer.pad_id)
+    tokens, mask = pad([[tokenizer.bos_id, *tokenizer.encode(text)] for text in repeated])
+    greedy = make_settings([SamplingConfig()] * len(repeated), model.config.vocab_size)
 
     def evaluate(params: Any, step: int) -> tuple[dict[str, float], str]:
         values = {f"eval/bpb_{language}": bits_per_byte(nll, params, batches, num_bytes, mesh)
                   for language, (batches, num_bytes) in loaded.items()}
-        out = greedy_decode(model, params, tokens, segments, max_new_tokens=samples.tokens, eos_id=tokenizer.eos_id,
-                            num_tokens=tokenizer.vocab_size)
+        out = complete(model, params, tokens, mask, greedy, max_new_tokens=samples.tokens, eos_id=tokenizer.eos_id,
+                       num_tokens=tokenizer.vocab_size)
         lines = [f"  {prompt} | {tokenizer.decode(row).strip()}".replace("\n", " ⏎ ")
                  for prompt, row in zip(samples.prompts, jax.device_get(out).tolist(), strict=False)]
         numbers = "  ".join(f"{name.removeprefix('eval/bpb_')} {value:.4f}" for name, value in values.items())

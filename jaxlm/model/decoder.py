@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxlm.core.mesh import constrain, split_axes
 from jaxlm.model.attention import attention
-from jaxlm.model.cache import Cache, reserve
+from jaxlm.model.cache import Cache, cached_view, read, write
 from jaxlm.model.config import ComputeConfig, ModelConfig
 from jaxlm.model.layers import MLP, PRODUCT, Embedding, Linear, RMSNorm, rope_tables, rotate
 from jaxlm.model.partition import activations
@@ -38,18 +38,15 @@ class Context(NamedTuple):
 
     cos: jax.Array                   # [B or 1, T, 1, H/2] float32
     sin: jax.Array
-    q_segments: jax.Array | None     # [B, T]
-    kv_segments: jax.Array | None    # [B, S]
-    q_positions: jax.Array | None    # [B, T]
-    kv_positions: jax.Array | None   # [B, S]
-    offset: jax.Array | None         # slot of the first query, traced; None without a cache
+    segments: jax.Array | None       # [B, T]
+    positions: jax.Array | None      # [B, T]
+    mask: jax.Array | None = None    # [B, T, S] bool with a cache: the slots that a token sees
 
 
 class SelfAttention(nn.Module):
     """Queries, keys, values, rotary positions, attention, output projection; writes to the cache if there is one.
 
-    `cache` holds the keys and values of all layers, [L, B, S, K, H] each: carried whole and written in place,
-    it is not copied layer by layer.
+    The cache is carried whole through the layers and written in place: it is not copied layer by layer.
     """
 
     config: ModelConfig
@@ -70,22 +67,24 @@ class SelfAttention(nn.Module):
             q_BTNH = RMSNorm(c.norm_eps, c.norm_offset, dtype, name="query_norm")(q_BTNH)
             k_BTKH = RMSNorm(c.norm_eps, c.norm_offset, dtype, name="key_norm")(k_BTKH)
         q_BTNH = rotate(q_BTNH, context.cos, context.sin)
-        k_BSKH, v_BSKH = rotate(k_BTKH, context.cos, context.sin), v_BTKH
-        if cache is not None:
-            cache = tuple(jax.lax.dynamic_update_slice(old, new[None], (layer, 0, context.offset, 0, 0))
-                          for old, new in zip(cache, (k_BSKH, v_BSKH), strict=True))
-            k_BSKH, v_BSKH = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in cache)
-        y_BTNH = attention(
-            q_BTNH, k_BSKH, v_BSKH, q_segments=context.q_segments, kv_segments=context.kv_segments,
-            q_positions=context.q_positions, kv_positions=context.kv_positions,
-            q_offset=0 if context.offset is None else context.offset, window=c.window,
-            backend=self.compute.attention, query_chunk=self.compute.query_chunk)
+        k_BTKH = rotate(k_BTKH, context.cos, context.sin)
+        chunk = self.compute.query_chunk
+        if cache is None:
+            y_BTNH = attention(
+                q_BTNH, k_BTKH, v_BTKH, q_segments=context.segments, kv_segments=context.segments,
+                q_positions=context.positions, kv_positions=context.positions, window=c.window,
+                backend=self.compute.attention, query_chunk=chunk)
+        else:
+            cache = write(cache, layer, k_BTKH, v_BTKH)
+            k_BSKH, v_BSKH = read(cache, layer, dtype)
+            y_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, causal=False, mask=context.mask, backend="xla",
+                               query_chunk=chunk)
         out = Linear((c.num_heads, c.head_dim), (c.d_model,), c.init_std, dtype, split_inputs=True, name="out")
         return out(constrain(y_BTNH, layout)), cache
 
 
 class Block(nn.Module):
-    """`h = x + attention(norm(x)); h + mlp(norm(h))`. The carry is (x [B, T, D], keys and values or None)."""
+    """`h = x + attention(norm(x)); h + mlp(norm(h))`. The carry is (x [B, T, D], cache or None)."""
 
     config: ModelConfig
     compute: ComputeConfig
@@ -141,7 +140,7 @@ class Model:
         # One token per device of the context's mesh, both ways: the sharding constraints on activations must divide.
         size = max(1, jax.sharding.get_abstract_mesh().size)
         tokens_BT = jnp.zeros((size, size), jnp.int32)
-        context = Context(*rope_tables(tokens_BT, c), None, None, None, None, None)
+        context = Context(*rope_tables(tokens_BT, c), None, None)
         params = Decoder(c, ComputeConfig()).init(body, tokens_BT, None, context)["params"]
         if not c.tie_embeddings:
             kernel_DV = c.init_std * jax.random.normal(head, (c.d_model, c.vocab_size))
@@ -154,43 +153,42 @@ class Model:
 
     def apply(
         self, params: dict[str, Any], tokens: jax.Array, *, positions: jax.Array | None = None,
-        segments: jax.Array | None = None, cache: Cache | None = None, logits: bool = True,
+        segments: jax.Array | None = None, cache: Cache | None = None, tree: jax.Array | None = None,
+        logits: bool = True,
     ) -> Output:
         """Runs the decoder on tokens [B, T].
 
         A token attends to the tokens of its own segment at or before its index, within `config.window` positions.
         `segments` [B, T]: document number within the row, 0 is padding; None: one document a row. `positions`
-        [B, T] for the rotary embedding and the window; None: the index, plus the length of the cache.
-        With `cache`, the T tokens are written to its next slots and see what it holds; the new cache is returned.
+        [B, T] for the rotary embedding and the window; None: the index.
+
+        With `cache`, the T tokens of row b are written to its slots from `cache.length[b]`, and see those before them;
+        the cache comes back T longer. Positions are slots then, a row is one document, and attention is that of XLA.
+        `tree` [B, T, T] bool: which of the T tokens each one sees (itself too) where they are no chain but a tree
+        of guesses: a token stands at position `cache.length + (tokens it sees) - 1`.
+
         `logits=False` leaves the vocabulary product to the caller (see `head`).
 
-        Raises ValueError: tokens, positions or segments of a wrong shape or type, more tokens than
-        `config.max_positions` without positions, a cache of another model, dtype or batch.
+        Raises ValueError: tokens, positions, segments or tree of a wrong shape or type, more tokens than
+        `config.max_positions` without positions, a cache of another model or batch.
         """
-        self._check(tokens, positions, segments, cache)
-        given, num_new = positions, tokens.shape[1]
-        offset = 0 if cache is None else cache.length
-        if positions is None:
-            positions = offset + jnp.arange(num_new)[None]
+        self._check(tokens, positions, segments, cache, tree)
         if cache is None:
-            context = Context(*rope_tables(positions, self.config), segments, segments, given, given, None)
+            at = jnp.arange(tokens.shape[1])[None] if positions is None else positions
+            context = Context(*rope_tables(at, self.config), segments, positions)
         else:
-            segments = jnp.ones(tokens.shape, jnp.int32) if segments is None else segments
-            positions = jnp.broadcast_to(positions, tokens.shape)
-            cache = reserve(cache, segments, positions)
-            context = Context(*rope_tables(positions, self.config), segments, cache.segments,
-                              positions, cache.positions, offset)
-        kv = None if cache is None else (cache.k, cache.v)
-        hidden, kv = Decoder(self.config, self.compute).apply({"params": params}, tokens, kv, context)
+            at, mask = cached_view(cache, tokens.shape[1], tree, self.config.window)
+            context = Context(*rope_tables(at, self.config), None, None, mask)
+        hidden, cache = Decoder(self.config, self.compute).apply({"params": params}, tokens, cache, context)
         if cache is not None:
-            cache = cache._replace(k=kv[0], v=kv[1])
+            cache = cache._replace(length=cache.length + tokens.shape[1])
         scores = None
         if logits:
             head_DV = self.head(params).astype(hidden.dtype)
             scores = jnp.einsum("BTD,DV->BTV", hidden, head_DV, preferred_element_type=jnp.float32)
         return Output(scores, hidden, cache)
 
-    def _check(self, tokens, positions, segments, cache) -> None:
+    def _check(self, tokens, positions, segments, cache, tree) -> None:
         c = self.config
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype} of shape {tokens.shape}")
@@ -210,11 +208,22 @@ class Model:
                 f"{tokens.shape[1]} tokens are more than max_positions {c.max_positions}: shorten the rows, raise "
                 "max_positions, or give positions")
         if cache is None:
+            if tree is not None:
+                raise ValueError("a tree of tokens needs a cache")
             return
-        expected = (c.num_layers, c.num_kv_heads, c.head_dim, self.compute.dtype)
-        found = (cache.k.shape[0], *cache.k.shape[3:], str(cache.k.dtype))
+        if positions is not None or segments is not None:
+            raise ValueError("with a cache positions are its slots and a row is one document: leave positions and "
+                             "segments None")
+        if tree is not None and tree.shape != (*tokens.shape, tokens.shape[1]):
+            raise ValueError(f"tree must be [B, T, T] for tokens of shape {tokens.shape}, got {tree.shape}")
+        expected = (c.num_layers, c.num_kv_heads, c.head_dim)
+        found = (cache.k.shape[0], cache.k.shape[2], cache.k.shape[4])
         if found != expected:
-            raise ValueError(f"the cache has (layers, KV heads, head dim, dtype) {found}, this model {expected}")
+            raise ValueError(f"the cache has (layers, KV heads, head dim) {found}, this model {expected}")
+        rows, slots = cache.k.shape[1], cache.k.shape[3]
+        if rows != tokens.shape[0] or tokens.shape[1] > slots:
+            raise ValueError(f"{tokens.shape[0]} rows of {tokens.shape[1]} tokens do not fit a cache of {rows} rows "
+                             f"and {slots} slots")
 
 
 def build(config: ModelConfig, compute: ComputeConfig | None = None) -> Model:

@@ -121,6 +121,12 @@ def gguf_special_tokens(path: Path | str) -> dict[str, str]:
     return {kind: tokens[i] for kind, i in ids.items()}
 
 
+def gguf_chat_template(path: Path | str) -> str | None:
+    """The chat template (Jinja) that a GGUF file states, if it does."""
+    field = _open(path)[1].fields.get("tokenizer.chat_template")
+    return field.contents() if field else None
+
+
 def _open(path: Path | str) -> tuple[ModuleType, Any]:
     try:
         import gguf

@@ -1,0 +1,138 @@
+"""Chat templates: Jinja programs that turn messages into text, where they are found, and one of our own.
+
+A template comes from outside: it runs in jinja2's sandbox and sees plain values only.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2 import ext, nodes, sandbox
+
+from jaxlm.data.tokenizer import JSON_NAMES_FILE, Tokenizer
+
+TEMPLATE_FILE = "chat_template.jinja"
+# ChatML with the tags that mark what the assistant writes, for models that bring no template.
+CHATML = (
+    "{% for message in messages %}"
+    "{% if message['role'] not in ['system', 'user', 'assistant', 'tool'] %}"
+    "{{ raise_exception('the role is ' ~ message['role'] ~ ', not system, user, assistant or tool') }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+# Variables that a rendering with marks sets; in any other they are undefined, so print nothing.
+OPEN, CLOSE = "jaxlm_generation_open", "jaxlm_generation_close"
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template's source, and further variables for it (`enable_thinking` and the like).
+
+    Source: the templates of Hugging Face's transformers, whose additions to Jinja it has. ValueError if it is no Jinja.
+    """
+
+    source: str
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _compiled(self.source)
+
+    def render(self, messages: Messages, *, add_generation_prompt: bool, tools: Sequence[Any] | None = None,
+               now: datetime | None = None, **variables: Any) -> str:
+        """The text of the conversation at a time of day. ValueError when the template refuses it, in its own words."""
+        given = _plain({**self.variables, **variables, "messages": messages, "tools": tools, "documents": None,
+                        "add_generation_prompt": add_generation_prompt})
+        try:
+            return _compiled(self.source).render(given, strftime_now=(now or datetime.now()).strftime)
+        except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
+            raise ValueError(f"the chat template does not take these messages: {error}") from None
+
+    def files(self) -> dict[str, bytes]:
+        """The template as the file that `chat_template_from_files` reads."""
+        return {TEMPLATE_FILE: self.source.encode("utf-8")}
+
+
+def load_chat_template(folder: str | Path) -> ChatTemplate | None:
+    """The template in a Hugging Face folder (`chat_template.jinja`, else in `tokenizer_config.json`), None without."""
+    folder = Path(folder)
+    try:
+        return chat_template_from_files({name: (folder / name).read_bytes() for name in (TEMPLATE_FILE, JSON_NAMES_FILE)
+                                         if (folder / name).is_file()})
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+
+def chat_template_from_files(files: Mapping[str, bytes]) -> ChatTemplate | None:
+    """As `load_chat_template`, from file names and contents; of several named templates the one called default."""
+    if TEMPLATE_FILE in files:
+        return ChatTemplate(files[TEMPLATE_FILE].decode("utf-8"))
+    try:
+        stored = json.loads(files.get(JSON_NAMES_FILE, b"{}")).get("chat_template")
+        if isinstance(stored, list):
+            stored = {one["name"]: one["template"] for one in stored}
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise ValueError(f"{JSON_NAMES_FILE} is damaged: {error!r}") from None
+    if isinstance(stored, dict):
+        if "default" not in stored:
+            raise ValueError(f"{JSON_NAMES_FILE}: none of its chat templates is called default: {', '.join(stored)}")
+        stored = stored["default"]
+    if not isinstance(stored, str | None):
+        raise ValueError(f"{JSON_NAMES_FILE}: a chat template is a string, not {stored!r:.80}")
+    return None if stored is None else ChatTemplate(stored)
+
+
+def chatml(tokenizer: Tokenizer) -> ChatTemplate:
+    """`CHATML`; ValueError if the tokenizer has not both of its special tokens."""
+    if missing := [name for name in ("<|im_start|>", "<|im_end|>") if name not in tokenizer.symbols]:
+        raise ValueError("the model brings no chat template, and its tokenizer lacks what ChatML needs: the special "
+                         f"token {' and '.join(missing)}")
+    return ChatTemplate(CHATML)
+
+
+class _Generation(ext.Extension):
+    """The tag `{% generation %}`: what the assistant writes, between two variables that marked renderings set."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        before, after = (nodes.Output([nodes.Name(name, "load")]) for name in (OPEN, CLOSE))
+        return nodes.Scope([before, *body, after]).set_lineno(line)
+
+
+@lru_cache(maxsize=64)
+def _compiled(source: str) -> jinja2.Template:
+    environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                        extensions=[_Generation, ext.loopcontrols])
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    # jinja2's own filter escapes for HTML.
+    environment.filters["tojson"] = lambda value, ensure_ascii=False, **options: json.dumps(
+        value, ensure_ascii=ensure_ascii, **options)
+    environment.globals["raise_exception"] = refuse
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"the chat template is no Jinja template: line {error.lineno}: {error.message}") from None
+
+
+def _plain(value: Any) -> Any:
+    """A copy out of JSON's types alone: other objects could give a template methods that the sandbox lets it call."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    raise ValueError(f"a chat template takes JSON's types, not {type(value).__name__}: {value!r:.80}")
