@@ -1,5 +1,6 @@
 """The key-value cache of autoregressive decoding: an argument and a result, never state."""
 
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -37,35 +38,28 @@ def init_cache(config: ModelConfig, batch: int, slots: int, dtype: CacheDtype = 
     return Cache(empty, empty, length, scale, scale)
 
 
-def write(cache: Cache, layer: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> Cache:
-    """The cache with T tokens of one layer at the slots from `length` on, which stays; beyond the last slot they fall.
-
-    Each row has its own slots, so this is a scatter; XLA writes it in place.
-    """
-    slots_BT = cache.length[:, None] + jnp.arange(k_BTKH.shape[1])[None]
-
-    def put(old: jax.Array, new_BTK: jax.Array) -> jax.Array:
-        def row(old_LKS, new_TK, slots):
-            return old_LKS.at[layer, :, slots].set(new_TK, mode="drop", unique_indices=True)
-
-        return jax.vmap(row, in_axes=(1, 0, 0), out_axes=1)(old, new_BTK.astype(old.dtype), slots_BT)
-
-    if cache.k_scale is None:
-        return cache._replace(k=put(cache.k, k_BTKH), v=put(cache.v, v_BTKH))
-    (k, k_scale), (v, v_scale) = quantize_vectors(k_BTKH), quantize_vectors(v_BTKH)
-    return cache._replace(k=put(cache.k, k), v=put(cache.v, v),
-                          k_scale=put(cache.k_scale, k_scale), v_scale=put(cache.v_scale, v_scale))
-
-
-def read(cache: Cache, layer: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of a layer, [B, S, K, H] each in `dtype`."""
-    def get(stored: jax.Array, scale: jax.Array | None) -> jax.Array:
-        x_BKSH = jax.lax.dynamic_index_in_dim(stored, layer, keepdims=False)
+def with_new(layer: Cache, k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of one layer of a cache (leaves without L) and of T new tokens, [B, S + T, K, H] each."""
+    def both(stored: jax.Array, scale: jax.Array | None, new: jax.Array) -> jax.Array:
         if scale is not None:
-            x_BKSH = x_BKSH.astype(jnp.float32) * jax.lax.dynamic_index_in_dim(scale, layer, keepdims=False)[..., None]
-        return x_BKSH.astype(dtype).transpose(0, 2, 1, 3)  # a view: the products in attention take K before S again
+            stored = stored.astype(jnp.float32) * scale[..., None]
+        whole = jnp.concatenate((stored.astype(new.dtype), new.transpose(0, 2, 1, 3)), axis=2)
+        return whole.transpose(0, 2, 1, 3)  # a view: the products in attention take K before S again
 
-    return get(cache.k, cache.k_scale), get(cache.v, cache.v_scale)
+    return both(layer.k, layer.k_scale, k_BTKH), both(layer.v, layer.v_scale, v_BTKH)
+
+
+def append(cache: Cache, k: jax.Array, v: jax.Array) -> Cache:
+    """The cache with T more tokens in every row, [L, B, T, K, H] each, of all layers; what finds no slot is dropped."""
+    length = cache.length
+    k, v = (x.transpose(0, 1, 3, 2, 4) for x in (k, v))
+    if cache.k_scale is None:
+        cache = cache._replace(k=_put(cache.k, length, k), v=_put(cache.v, length, v))
+    else:
+        (k, k_scale), (v, v_scale) = quantize_vectors(k), quantize_vectors(v)
+        cache = Cache(_put(cache.k, length, k), _put(cache.v, length, v), length,
+                      _put(cache.k_scale, length, k_scale), _put(cache.v_scale, length, v_scale))
+    return cache._replace(length=length + k.shape[3])
 
 
 def keep_path(cache: Cache, start: jax.Array, nodes: jax.Array) -> Cache:
@@ -73,47 +67,60 @@ def keep_path(cache: Cache, start: jax.Array, nodes: jax.Array) -> Cache:
 
     Args:
       start: [B], the slot of the tree's root, which stays.
-      nodes: [B, J], numbers in the tree, which increase: a token only ever moves down. Worked example, start 5: with
-        nodes [2, 3] slots 7 and 8 come to 6 and 7. Where nodes[j] = j + 1 nothing moves.
+      nodes: [B, J], numbers in the tree. Worked example, start 5: with nodes [2, 3] slots 7 and 8 come to 6 and 7.
     """
     source_BJ = start[:, None] + nodes
-    target_BJ = start[:, None] + 1 + jnp.arange(nodes.shape[1])[None]
-
-    def row(x_LKS: jax.Array, source: jax.Array, target: jax.Array) -> jax.Array:
-        taken = jnp.take(x_LKS, source, axis=2, mode="clip")
-        return x_LKS.at[:, :, target].set(taken, mode="drop", unique_indices=True)
 
     def move(x: jax.Array | None) -> jax.Array | None:
-        return None if x is None else jax.vmap(row, in_axes=(1, 0, 0), out_axes=1)(x, source_BJ, target_BJ)
+        if x is None:
+            return None
+        taken = jax.vmap(partial(jnp.take, axis=2, mode="clip"), in_axes=(1, 0), out_axes=1)(x, source_BJ)
+        return _put(x, start + 1, taken)
 
     return cache._replace(k=move(cache.k), v=move(cache.v), k_scale=move(cache.k_scale), v_scale=move(cache.v_scale))
+
+
+def _put(x_LBKS: jax.Array, start_B: jax.Array, new_LBKT: jax.Array) -> jax.Array:
+    """Writes T slots of each row from its own start on; slots from S on are dropped.
+
+    Row by row in a loop, since XLA copies the whole array for a scatter on CPU and updates a slice in place.
+    """
+    slots, count = x_LBKS.shape[3], new_LBKT.shape[3]
+    new_LBKT = new_LBKT.astype(x_LBKS.dtype)
+
+    def row(b: jax.Array, x: jax.Array) -> jax.Array:
+        # A window that would pass the end begins earlier, and keeps what lies before the row's start.
+        first = jnp.minimum(start_B[b], slots - count)
+        at = (0, b, 0, first) + (0,) * (x.ndim - 4)
+        old = jax.lax.dynamic_slice(x, at, (x.shape[0], 1, *x.shape[2:3], count, *x.shape[4:]))
+        new = jax.lax.dynamic_slice_in_dim(new_LBKT, b, 1, axis=1)
+        late = start_B[b] - first
+        keep = jnp.arange(count).reshape((count,) + (1,) * (x.ndim - 4)) < late
+        return jax.lax.dynamic_update_slice(x, jnp.where(keep, old, jnp.roll(new, late, axis=3)), at)
+
+    return jax.lax.fori_loop(0, x_LBKS.shape[1], row, x_LBKS)
 
 
 def cached_view(
     cache: Cache, num_new: int, tree: jax.Array | None, window: int | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Where T new tokens stand and what they see: positions [B, T] and mask [B, T, S].
+    """Where T new tokens stand and what they see: positions [B, T], mask [B, T, S + T] of slots and new tokens.
 
-    Worked example, length 2, a tree with two children of its root, S=6 (x: seen):
+    Worked example, length 2, a tree with two children of its root, S=4 (x: seen):
 
-        position 2 (root)     x x x . . .
-        position 3            x x x x . .
-        position 3            x x x . x .
+        position 2 (root)     x x . .   x . .
+        position 3            x x . .   x x .
+        position 3            x x . .   x . x
     """
     length, slots = cache.length[:, None], jnp.arange(cache.k.shape[3])[None]
     if tree is None:
-        at = length + jnp.arange(num_new)[None]
-        mask = slots[:, None] <= at[:, :, None]
-        stands = slots
-    else:
-        at = length + jnp.sum(tree, axis=2, dtype=jnp.int32) - 1
-        new = slots - length                                                    # [B, S]: the number in the tree
-        inside = (new >= 0) & (new < num_new)
-        number = jnp.clip(new, 0, num_new - 1)
-        seen = jnp.take_along_axis(tree, number[:, None].repeat(num_new, axis=1), axis=2)
-        mask = jnp.where(inside[:, None], seen, (new < 0)[:, None])
-        stands = jnp.where(inside, jnp.take_along_axis(at, number, axis=1), slots)
+        tree = jnp.broadcast_to(jnp.tril(jnp.ones((num_new, num_new), bool))[None],
+                                (length.shape[0], num_new, num_new))
+    at = length + jnp.sum(tree, axis=2, dtype=jnp.int32) - 1
+    stored = jnp.broadcast_to((slots < length)[:, None], (*at.shape, slots.shape[1]))
+    mask = jnp.concatenate((stored, tree), axis=2)
     if window is not None:
+        stands = jnp.concatenate((jnp.broadcast_to(slots, stored.shape[::2]), at), axis=1)
         mask &= at[:, :, None] - stands[:, None, :] < window
     return at, mask
 
@@ -124,4 +131,3 @@ def quantize_vectors(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     scale = jnp.max(jnp.abs(x), axis=-1) / 127
     numbers = jnp.round(x / jnp.maximum(scale, 1e-30)[..., None])
     return numbers.astype(jnp.int8), scale
-

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxlm.core.mesh import constrain, split_axes
 from jaxlm.model.attention import attention
-from jaxlm.model.cache import Cache, cached_view, read, write
+from jaxlm.model.cache import Cache, append, cached_view, with_new
 from jaxlm.model.config import ComputeConfig, ModelConfig
 from jaxlm.model.layers import MLP, PRODUCT, Embedding, Linear, RMSNorm, rope_tables, rotate
 from jaxlm.model.partition import activations
@@ -40,20 +40,21 @@ class Context(NamedTuple):
     sin: jax.Array
     segments: jax.Array | None       # [B, T]
     positions: jax.Array | None      # [B, T]
-    mask: jax.Array | None = None    # [B, T, S] bool with a cache: the slots that a token sees
+    mask: jax.Array | None = None    # [B, T, S + T] bool with a cache: the slots and new tokens that a token sees
 
 
 class SelfAttention(nn.Module):
-    """Queries, keys, values, rotary positions, attention, output projection; writes to the cache if there is one.
+    """Queries, keys, values, rotary positions, attention, output projection.
 
-    The cache is carried whole through the layers and written in place: it is not copied layer by layer.
+    With a cache (of this layer) the tokens see it and each other, and their keys and values are returned: it is not
+    written to layer by layer.
     """
 
     config: ModelConfig
     compute: ComputeConfig
 
     @nn.compact
-    def __call__(self, x_BTD, cache, layer, context):
+    def __call__(self, x_BTD, cache, context):
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
         layout = activations(cache is not None, "tensor")
 
@@ -75,36 +76,36 @@ class SelfAttention(nn.Module):
                 q_positions=context.positions, kv_positions=context.positions, window=c.window,
                 backend=self.compute.attention, query_chunk=chunk)
         else:
-            cache = write(cache, layer, k_BTKH, v_BTKH)
-            k_BSKH, v_BSKH = read(cache, layer, dtype)
+            k_BSKH, v_BSKH = with_new(cache, k_BTKH, v_BTKH)
             y_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, causal=False, mask=context.mask, backend="xla",
                                query_chunk=chunk)
         out = Linear((c.num_heads, c.head_dim), (c.d_model,), c.init_std, dtype, split_inputs=True, name="out")
-        return out(constrain(y_BTNH, layout)), cache
+        return out(constrain(y_BTNH, layout)), None if cache is None else (k_BTKH, v_BTKH)
 
 
 class Block(nn.Module):
-    """`h = x + attention(norm(x)); h + mlp(norm(h))`. The carry is (x [B, T, D], cache or None)."""
+    """`h = x + attention(norm(x)); h + mlp(norm(h))`, and the new keys and values if there is a cache."""
 
     config: ModelConfig
     compute: ComputeConfig
 
     @nn.compact
-    def __call__(self, carry, layer, context):
+    def __call__(self, x_BTD, cache, context):
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
-        x_BTD, cache = carry
         decoding = cache is not None
         y_BTD = RMSNorm(c.norm_eps, c.norm_offset, dtype, name="attention_norm")(x_BTD)
-        y_BTD, cache = SelfAttention(c, self.compute, name="attention")(y_BTD, cache, layer, context)
+        y_BTD, new = SelfAttention(c, self.compute, name="attention")(y_BTD, cache, context)
         x_BTD = x_BTD + y_BTD
         y_BTD = RMSNorm(c.norm_eps, c.norm_offset, dtype, name="mlp_norm")(x_BTD)
         y_BTD = MLP(c, dtype, activations(decoding, "tensor"), name="mlp")(y_BTD)
-        x_BTD = constrain(x_BTD + y_BTD, activations(decoding))
-        return (x_BTD, cache), None
+        return constrain(x_BTD + y_BTD, activations(decoding)), new
 
 
 class Decoder(nn.Module):
-    """Everything but the vocabulary product: tokens [B, T] to hidden states [B, T, D]."""
+    """Everything but the vocabulary product: tokens [B, T] to hidden states [B, T, D], new keys and values or None.
+
+    The latter are [L, B, T, K, H] each; `cache` holds the leaves of a cache that begin with the layers.
+    """
 
     config: ModelConfig
     compute: ComputeConfig
@@ -122,8 +123,8 @@ class Decoder(nn.Module):
         layers = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast),
             length=c.num_layers, unroll=min(self.compute.scan_unroll, c.num_layers))
-        carry = layers(c, self.compute, name="layers")((x_BTD, cache), jnp.arange(c.num_layers), context)[0]
-        return RMSNorm(c.norm_eps, c.norm_offset, dtype, name="final_norm")(carry[0]), carry[1]
+        x_BTD, new = layers(c, self.compute, name="layers")(x_BTD, cache, context)
+        return RMSNorm(c.norm_eps, c.norm_offset, dtype, name="final_norm")(x_BTD), new
 
 
 @dataclass(frozen=True)
@@ -179,9 +180,10 @@ class Model:
         else:
             at, mask = cached_view(cache, tokens.shape[1], tree, self.config.window)
             context = Context(*rope_tables(at, self.config), None, None, mask)
-        hidden, cache = Decoder(self.config, self.compute).apply({"params": params}, tokens, cache, context)
+        stored = None if cache is None else cache._replace(length=None)
+        hidden, new = Decoder(self.config, self.compute).apply({"params": params}, tokens, stored, context)
         if cache is not None:
-            cache = cache._replace(length=cache.length + tokens.shape[1])
+            cache = append(cache, *new)
         scores = None
         if logits:
             head_DV = self.head(params).astype(hidden.dtype)
