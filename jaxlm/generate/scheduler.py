@@ -136,10 +136,9 @@ class Scheduler:
         while any(self.rows):
             self._make_room()
             steps = (PIECES if self.pieces else CHUNK) if self.looks else self.capacity
-            waiting = 1 if self.queue else max(1, -(-len(self.rows) // 2))
             self.state = self._call(
                 "decode", _decode, self.model, self.params, self.state, self.sources, guessing=self.guessing,
-                max_steps=np.int32(steps), max_done=np.int32(waiting), num_tokens=self.num_tokens)
+                max_steps=np.int32(steps), max_done=np.int32(self._waiting()), num_tokens=self.num_tokens)
             yield from self._look()
             if self.queue:
                 self._refill()
@@ -163,7 +162,7 @@ class Scheduler:
         rows = self._round(_power(len(distinct)))
         prompts = distinct + distinct[:1] * (rows - len(distinct))
         rest = [prompt[len(self.shared):] for prompt in prompts]
-        width = _power(max(map(len, rest)), MIN_PROMPT)
+        width = min(_power(max(map(len, rest)), MIN_PROMPT), self.model.config.max_positions)
         tokens = np.zeros((rows, width), np.int32)
         for row, ids in zip(tokens, rest, strict=True):
             row[:len(ids)] = ids
@@ -174,7 +173,8 @@ class Scheduler:
         state = self._call("take", _take, state, np.array([distinct.index(request.ids) for request in requests]))
         limits = np.array([len(one.ids) + one.sampling.max_new_tokens for one in requests], np.int32)
         state = state._replace(
-            limit=limits, stop_ids=self._stops([one.sampling for one in requests]), done=state.length >= limits,
+            limit=limits, stop_ids=self._stops([one.sampling for one in requests]),
+            done=(state.length >= limits) | (np.arange(size) >= len(taken)),  # what only fills up writes nothing
             settings=make_settings([one.sampling for one in requests], self.model.config.vocab_size,
                                    self.settings_of_all))
         if self.guessing:
@@ -261,6 +261,8 @@ class Scheduler:
 
     def _refill(self) -> None:
         free = [i for i, row in enumerate(self.rows) if row is None]
+        if not free:  # the rows came back for room only
+            return
         size = self._round(_power(min(len(free), len(self.queue))))
         new = self._open(self._next(len(free)), size)
         self.state = self._widened(new.tokens.shape[1])
@@ -270,9 +272,19 @@ class Scheduler:
         seated = np.array([self.rows[i] is not None for i in free] + [False] * size)[:size]
         self.state = self._call("put", _put, self.state, np.where(seated, rows, len(self.rows)), new)
 
+    def _waiting(self) -> int:
+        """The number of done rows at which something can be done: a refill, else to halve the batch if it divides."""
+        size = len(self.rows)
+        if self.queue:
+            return 1
+        return size - size // 2 if self._halves(size) else size
+
+    def _halves(self, size: int) -> bool:
+        return size // 2 >= self.quantum and size // 2 % self.quantum == 0
+
     def _shrink(self) -> None:
         live, size = [i for i, row in enumerate(self.rows) if row], len(self.rows)
-        while len(live) <= size // 2 and size // 2 >= self.quantum and size // 2 % self.quantum == 0:
+        while len(live) <= size // 2 and self._halves(size):
             size //= 2
         if size < len(self.rows):
             spare = [i for i, row in enumerate(self.rows) if row is None]
@@ -309,8 +321,9 @@ class Scheduler:
 
     def _call(self, name: str, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
         """The function's result; its name and shapes count as a program."""
-        shapes = tuple((jnp.shape(x), str(jnp.result_type(x))) for x in jax.tree.leaves(arguments[-2:])
-                       if isinstance(x, (jax.Array, np.ndarray)))
+        leaves = jax.tree.leaves([x for x in arguments if x is not self.params] + list(keywords.values()))
+        shapes = tuple((jnp.shape(x), str(jnp.result_type(x))) for x in leaves
+                       if isinstance(x, (jax.Array, np.ndarray, np.generic)))
         self.report.programs.add((name, hash((shapes, keywords.get("slots")))))
         return function(*arguments, **keywords)
 
