@@ -15,7 +15,7 @@ from jaxlm.core.mesh import MeshConfig, make_mesh, put_batch, tree_shardings
 from jaxlm.core.tree import named_leaves
 from jaxlm.model.cache import init_cache, keep_path
 from jaxlm.model.config import Activation, ComputeConfig, ModelConfig, RematPolicy, RopeScaling
-from jaxlm.model.decoder import REMAT_POLICIES, build
+from jaxlm.model.decoder import REMAT_POLICIES, build, unstack
 from jaxlm.model.layers import ACTIVATIONS
 from jaxlm.model.partition import PARAM_RULES
 
@@ -274,6 +274,15 @@ def test_a_tree_of_tokens_equals_its_paths(name):
     for row, length in enumerate((9, 7)):
         close((kept.k[:, row, :, :length], kept.v[:, row, :, :length]),
               (plain.k[:, row, :, :length], plain.v[:, row, :, :length]))
+
+
+def test_unstacked_layers_are_the_same_model():
+    config = VARIANTS["gemma"]
+    model, params, tokens = build(config), params_of(config), tokens_of(10, 3, 14)
+    close(forward(model, unstack(params), tokens).logits, forward(model, params, tokens).logits)
+    (logits, cache), (other, other_cache) = (
+        decode_in_pieces(model, p, tokens, (10, 13), jnp.asarray([10, 4, 7])) for p in (params, unstack(params)))
+    close((logits, cache.k, cache.v), (other, other_cache.k, other_cache.v))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.02), ("int8", 0.04)])

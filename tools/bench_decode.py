@@ -40,7 +40,7 @@ from jaxlm.generate.methods import METHODS, adapted, missing_database
 from jaxlm.generate.settings import SamplingConfig, make_settings
 from jaxlm.generate.speculative import Guessing, Sources, start_guessing
 from jaxlm.generate.state import DecodeState, init_state, prefill
-from jaxlm.model.decoder import Model, build
+from jaxlm.model.decoder import Model, build, unstack
 from jaxlm.model.hf import save_hf
 from jaxlm.model.presets import MODELS
 from jaxlm.train.pretrained import Pretrained, load_pretrained
@@ -66,6 +66,7 @@ class Config:
     max_new_tokens: int = 96
     slots: int = 1024              # of the cache; longer prompts are left out, and counted
     fixed_width: bool = False
+    unstack: bool = False          # layers one by one, see jaxlm.model.decoder.unstack
     peer: bool = False             # plain decoding of transformers beside ours, at batch 1 and 8
     random: str = ""               # only that, for a preset of jaxlm.model.presets with random weights
     json_path: Path | None = None  # every measurement
@@ -88,7 +89,8 @@ class Bench:
     def __init__(self, config: Config, loaded: Pretrained, databases: Databases) -> None:
         self.config, self.loaded = config, loaded
         self.model: Model = build(loaded.config)
-        self.params = jax.tree.map(jnp.asarray, loaded.params)
+        params = jax.tree.map(jnp.asarray, loaded.params)
+        self.params = unstack(params) if config.unstack else params
         self.sources = Sources(jax.tree.map(jnp.asarray, databases))
         self._decode = jax.jit(decode, static_argnames=("model", "guessing", "num_tokens"))
         self._guess = jax.jit(start_guessing, static_argnames=("guessing", "model"))
@@ -207,7 +209,7 @@ def show_costs(bench: Bench, widths: tuple[int, ...]) -> tuple[float, ...]:
     return costs
 
 
-def peer(model: Model, params: Any, count: int = 64, width: int = 32) -> None:
+def peer(model: Model, params: Any, single: bool, count: int = 64, width: int = 32) -> None:
     """Plain greedy decoding of ours and of transformers in turn, prompts of random tokens, at batch 1 and 8."""
     import torch
     import transformers
@@ -215,6 +217,7 @@ def peer(model: Model, params: Any, count: int = 64, width: int = 32) -> None:
     with tempfile.TemporaryDirectory() as folder:
         save_hf(Path(folder) / "model", model.config, params, architecture="llama", dtype="float32")
         other = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32).eval()
+    params = unstack(params) if single else params
     for batch in (1, 8):
         ids = np.random.default_rng(0).integers(3, model.config.vocab_size, (batch, width)).astype(np.int32)
         long, ones = torch.tensor(ids, dtype=torch.long), torch.ones(ids.shape, dtype=torch.long)
@@ -244,15 +247,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         if config.random not in MODELS:
             flags.fail(ValueError(f"--random {config.random} is unknown{flags.nearest(config.random, MODELS)}"), PROG)
         model = build(MODELS[config.random])
-        return peer(model, jax.jit(model.init)(jax.random.key(0)))
+        return peer(model, jax.jit(model.init)(jax.random.key(0)), config.unstack)
     try:
         loaded = load_pretrained(config.source)
         if loaded.chat is None:
             raise ValueError(f"--source {config.source} has no chat template, and the prompts are questions")
         mark = loaded.tokenizer.fingerprint()
-        databases = Databases(**{
-            kind: load_database(path, mark, kind) for kind, path in
-            (("model", config.model_database), ("corpus", config.corpus_database)) if path})
+        databases = Databases(
+            model=config.model_database and load_database(config.model_database, mark, "model_table"),
+            corpus=config.corpus_database and load_database(config.corpus_database, mark, "corpus"))
         methods = chosen_methods(config, databases)
         prompts, long = read_prompts(config, loaded)
     except (ValueError, OSError) as error:
@@ -261,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> None:
           f"each; {jax.devices()[0].device_kind}", flush=True)
     bench = Bench(config, loaded, databases)
     if config.peer:
-        peer(bench.model, bench.params)
+        peer(bench.model, jax.tree.map(jnp.asarray, loaded.params), config.unstack)
     if len(methods) == 1:
         return
     costs = show_costs(bench, WIDTHS)

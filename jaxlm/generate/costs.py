@@ -37,7 +37,8 @@ def step_costs(
         raise ValueError(f"widths {tuple(widths)} must be at least 0 and {STEPS} steps of them fit {slots // 2} slots")
     state = init_state(model, settings, limit=jnp.full(batch, slots), stop_ids=jnp.full((batch, 1), -1), slots=slots,
                        cache_dtype=cache_dtype)
-    state = state._replace(length=jnp.full(batch, length), cache=state.cache._replace(length=jnp.full(batch, length - 1)))
+    cache = state.cache._replace(length=jnp.full(batch, length - 1))
+    state = state._replace(length=jnp.full(batch, length), cache=cache)
     programs = {width: _steps.lower(model, params, state, _guesses(model, batch, width)).compile() for width in widths}
     seconds = {width: [] for width in widths}
     for _ in range(rounds + 1):

@@ -13,6 +13,7 @@ from jaxlm.model.cache import Cache, append, cached_view, with_new
 from jaxlm.model.config import ComputeConfig, ModelConfig
 from jaxlm.model.layers import MLP, PRODUCT, Embedding, Linear, RMSNorm, rope_tables, rotate
 from jaxlm.model.partition import activations
+from jaxlm.model.quantize import Quantized, dequantize, product
 
 # What a layer keeps for its backward pass: `dots` the results of all products, `dots_no_batch` of those with weights,
 # and not of xla attention (splash's small result it keeps). None keeps everything, without `jax.checkpoint`.
@@ -104,19 +105,28 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Everything but the vocabulary product: tokens [B, T] to hidden states [B, T, D], new keys and values or None.
 
-    The latter are [L, B, T, K, H] each; `cache` holds the leaves of a cache that begin with the layers.
+    The latter are [L, B, T, K, H] each; `cache` holds the leaves of a cache that begin with the layers. `stack`:
+    parameters layer by layer (`unstack`), which then are not read from this module's own.
     """
 
     config: ModelConfig
     compute: ComputeConfig
 
     @nn.compact
-    def __call__(self, tokens_BT, cache, context):
+    def __call__(self, tokens_BT, cache, context, stack=None):
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
         embed = Embedding(c.vocab_size, c.d_model, c.init_std, dtype, name="embed")
         x_BTD = constrain(embed(tokens_BT), activations(cache is not None))
         if c.scale_embeddings:
             x_BTD = x_BTD * jnp.asarray(c.d_model**0.5, dtype)
+        final_norm = RMSNorm(c.norm_eps, c.norm_offset, dtype, name="final_norm")
+        if stack is not None:
+            block, new = Block(c, self.compute, parent=None), []
+            for i, params in enumerate(stack):
+                layer = jax.tree.map(lambda leaf, i=i: leaf[i], cache)
+                x_BTD, new_of_layer = block.apply({"params": params}, x_BTD, layer, context)
+                new.append(new_of_layer)
+            return final_norm(x_BTD), jax.tree.map(lambda *parts: jnp.stack(parts), *new)
         policy = REMAT_POLICIES[self.compute.remat]
         # Inside a scan nothing can be merged with its recomputation, so the barrier against that is left out.
         block = nn.remat(Block, policy=policy, prevent_cse=False) if policy else Block
@@ -124,7 +134,7 @@ class Decoder(nn.Module):
             block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast),
             length=c.num_layers, unroll=min(self.compute.scan_unroll, c.num_layers))
         x_BTD, new = layers(c, self.compute, name="layers")(x_BTD, cache, context)
-        return RMSNorm(c.norm_eps, c.norm_offset, dtype, name="final_norm")(x_BTD), new
+        return final_norm(x_BTD), new
 
 
 @dataclass(frozen=True)
@@ -150,7 +160,9 @@ class Model:
 
     def head(self, params: dict[str, Any]) -> jax.Array:
         """The matrix from hidden states to logits, [D, V] float32; the embedding's transpose when tied."""
-        return params["embed"]["embedding"].T if self.config.tie_embeddings else params["head"]["kernel"]
+        name = "embed" if self.config.tie_embeddings else "head"
+        part = dequantize({name: params[name]})[name]
+        return part["embedding"].T if self.config.tie_embeddings else part["kernel"]
 
     def apply(
         self, params: dict[str, Any], tokens: jax.Array, *, positions: jax.Array | None = None,
@@ -181,14 +193,23 @@ class Model:
             at, mask = cached_view(cache, tokens.shape[1], tree, self.config.window)
             context = Context(*rope_tables(at, self.config), None, None, mask)
         stored = None if cache is None else cache._replace(length=None)
-        hidden, new = Decoder(self.config, self.compute).apply({"params": params}, tokens, stored, context)
+        decoder, stack = Decoder(self.config, self.compute), params["layers"]
+        if isinstance(stack, tuple):
+            rest = {name: part for name, part in params.items() if name != "layers"}
+            hidden, new = decoder.apply({"params": rest}, tokens, stored, context, stack)
+        else:
+            hidden, new = decoder.apply({"params": params}, tokens, stored, context)
         if cache is not None:
             cache = append(cache, *new)
-        scores = None
-        if logits:
-            head_DV = self.head(params).astype(hidden.dtype)
-            scores = jnp.einsum("BTD,DV->BTV", hidden, head_DV, preferred_element_type=jnp.float32)
-        return Output(scores, hidden, cache)
+        return Output(self._logits(params, hidden) if logits else None, hidden, cache)
+
+    def _logits(self, params, hidden_BTD) -> jax.Array:
+        tied = self.config.tie_embeddings
+        weight = params["embed"]["embedding"] if tied else params["head"]["kernel"]
+        if isinstance(weight, Quantized):
+            return product(hidden_BTD, weight, axis=1 if tied else 0)
+        head_DV = self.head(params).astype(hidden_BTD.dtype)
+        return jnp.einsum("BTD,DV->BTV", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
 
     def _check(self, tokens, positions, segments, cache, tree) -> None:
         c = self.config
@@ -226,6 +247,16 @@ class Model:
         if rows != tokens.shape[0] or tokens.shape[1] > slots:
             raise ValueError(f"{tokens.shape[0]} rows of {tokens.shape[1]} tokens do not fit a cache of {rows} rows "
                              f"and {slots} slots")
+
+
+def unstack(params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters with a tree of its own for each layer, which `Model.apply` takes as well; for one device.
+
+    XLA on CPU copies the weights of a layer out of the stack before it multiplies; a step of one token reads them once
+    instead. The layers are compiled one by one, which takes several times as long. Without effect on what is computed.
+    """
+    count = jax.tree.leaves(params["layers"])[0].shape[0]
+    return {**params, "layers": tuple(jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(count))}
 
 
 def build(config: ModelConfig, compute: ComputeConfig | None = None) -> Model:

@@ -1,6 +1,7 @@
 """The parts of a decoder layer: projections, norm, rotary positions, gated MLP.
 
-Parameters are float32; every module casts what it uses to its compute dtype.
+Parameters are float32; every module casts what it uses to its compute dtype. Kernels and the embedding may also be int8
+(`jaxlm.model.quantize`), for inference.
 """
 
 import math
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlm.core.matmul import matmul
 from jaxlm.core.mesh import constrain
 from jaxlm.model.config import ModelConfig, RopeScaling
+from jaxlm.model.quantize import Quantized, product, rows
 
 PRODUCT = "product"  # results of Linear by name: a remat policy does not see into a custom derivative
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
@@ -38,7 +40,12 @@ class Linear(nn.Module):
         lead = x.shape[: x.ndim - len(self.inputs)]
         fan_in, fan_out = math.prod(self.inputs), math.prod(self.outputs)
         layout = P("tensor", None) if self.split_inputs else P(None, "tensor")
-        y = matmul(x.reshape(*lead, fan_in), kernel.reshape(fan_in, fan_out), layout=layout)
+        x = x.reshape(*lead, fan_in)
+        if isinstance(kernel, Quantized):
+            w = Quantized(kernel.numbers.reshape(fan_in, fan_out), kernel.scale.reshape(fan_out))
+            y = product(x, w, 0, layout).astype(x.dtype)
+        else:
+            y = matmul(x, kernel.reshape(fan_in, fan_out), layout=layout)
         y = checkpoint_name(y.reshape(*lead, *self.outputs), PRODUCT)
         if not self.use_bias:
             return y
@@ -62,7 +69,8 @@ class Embedding(nn.Module):
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         shape = (self.vocab_size, self.d_model)
         table_VD = self.param("embedding", nn.initializers.normal(self.init_std), shape)
-        return jnp.take(table_VD, tokens_BT, axis=0).astype(self.dtype)
+        found = rows(table_VD, tokens_BT) if isinstance(table_VD, Quantized) else jnp.take(table_VD, tokens_BT, axis=0)
+        return found.astype(self.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -1,7 +1,8 @@
 """The sharding table of a decoder: which mesh axis splits which dimension of each parameter.
 
 `tensor` splits heads, feed-forward columns and the vocabulary; `fsdp` splits the model dimension. The layer axis
-of the stacked parameters is never split: the scan slices it. For `jaxlm.core.mesh.tree_shardings`.
+of the stacked parameters is never split: the scan slices it. The int8 numbers of a quantized weight (`quantize`) are
+split like the weight, its scales are whole everywhere. For `jaxlm.core.mesh.tree_shardings`.
 """
 
 from jax.sharding import PartitionSpec as P
@@ -21,13 +22,13 @@ def activations(decoding: bool, *rest: str | None) -> P:
 
 # Matched at the end of a path, so that the moments of an optimizer are split like their parameters.
 PARAM_RULES: Rules = (
-    (r"embed/embedding$", P("tensor", "fsdp")),                                      # [V, D]
-    (r"head/kernel$", P("fsdp", "tensor")),                                          # [D, V]
-    (r"attention/(query|key|value)/kernel$", P(None, "fsdp", "tensor", None)),       # [L, D, N or K, H]
-    (r"attention/(query|key|value)/bias$", P(None, "tensor", None)),                 # [L, N or K, H]
-    (r"attention/out/kernel$", P(None, "tensor", None, "fsdp")),                     # [L, N, H, D]
-    (r"attention/(query_norm|key_norm)/scale$", P()),                                # [L, H]
-    (r"mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),                           # [L, D, F]
-    (r"mlp/down/kernel$", P(None, "tensor", "fsdp")),                                # [L, F, D]
-    (r"(attention_norm|mlp_norm|final_norm)/scale$", P()),                           # [L, D] or [D]
+    (r"embed/embedding(/numbers)?$", P("tensor", "fsdp")),                                  # [V, D]
+    (r"head/kernel(/numbers)?$", P("fsdp", "tensor")),                                      # [D, V]
+    (r"attention/(query|key|value)/kernel(/numbers)?$", P(None, "fsdp", "tensor", None)),   # [L, D, N or K, H]
+    (r"attention/(query|key|value)/bias$", P(None, "tensor", None)),                        # [L, N or K, H]
+    (r"attention/out/kernel(/numbers)?$", P(None, "tensor", None, "fsdp")),                 # [L, N, H, D]
+    (r"attention/(query_norm|key_norm)/scale$", P()),                                       # [L, H]
+    (r"mlp/(gate|up)/kernel(/numbers)?$", P(None, "fsdp", "tensor")),                       # [L, D, F]
+    (r"mlp/down/kernel(/numbers)?$", P(None, "tensor", "fsdp")),                            # [L, F, D]
+    (r"(attention_norm|mlp_norm|final_norm|kernel|embedding)/scale$", P()),                 # [L, D] or [D]
 )

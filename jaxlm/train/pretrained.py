@@ -1,0 +1,111 @@
+"""Models that exist, with their tokenizer and chat template: run folders, Hugging Face folders, GGUF files."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.core import config as flags
+from jaxlm.core.tree import path_name
+from jaxlm.data.chat_template import ChatTemplate, chat_template_from_files, load_chat_template
+from jaxlm.data.tokenizer import (
+    JSON_FILE,
+    JSON_NAMES_FILE,
+    SENTENCEPIECE_FILE,
+    JsonTokenizer,
+    Tokenizer,
+    check_vocabulary,
+    load_tokenizer,
+    tokenizer_from_files,
+)
+from jaxlm.model.config import ModelConfig
+from jaxlm.model.decoder import build
+from jaxlm.model.gguf import gguf_chat_template, gguf_special_tokens, gguf_tokenizer_json, load_gguf
+from jaxlm.model.hf import load_hf
+from jaxlm.model.hf_config import load_config
+from jaxlm.train.checkpoint import saved_params, saved_run
+
+Put = Callable[[str, Any], Any]  # path and leaf to the leaf that goes into the tree
+
+
+class Pretrained(NamedTuple):
+    """A model and its language side; None for what its source lacks."""
+
+    config: ModelConfig
+    params: Any
+    tokenizer: Tokenizer | None
+    start: tuple[int, ...] = ()       # ids before every text: our runs train on documents that begin with BOS
+    chat: ChatTemplate | None = None
+
+
+def load_pretrained(source: Path, *, dtype: Any = jnp.float32, put: Put | None = None) -> Pretrained:
+    """Reads any of the three kinds; see `load_weights` for the arguments.
+
+    ValueError when `source` is none of them or damaged, and when its tokenizer has more tokens than its embedding.
+    """
+    return load_weights(source, open_pretrained(source), dtype=dtype, put=put)
+
+
+def open_pretrained(source: Path) -> Pretrained:
+    """All but the weights, for checks that need not wait for them; a GGUF file comes with them, as numpy arrays."""
+    if source.suffix == ".gguf":
+        config, params = load_gguf(source)
+        tokenizer = JsonTokenizer(gguf_tokenizer_json(source).encode(), **gguf_special_tokens(source))
+        template = gguf_chat_template(source)
+        found = Pretrained(config, params, tokenizer, (), ChatTemplate(template) if template else None)
+    elif (source / "checkpoints").is_dir():
+        saved, files = saved_run(source)
+        tokenizer = tokenizer_from_files(files)
+        config = flags.from_json(ModelConfig, saved["model"], "model.")
+        found = Pretrained(config, None, tokenizer, (tokenizer.bos_id,), chat_template_from_files(files))
+    elif (source / "config.json").is_file():
+        there = any((source / name).is_file() for name in (JSON_FILE, SENTENCEPIECE_FILE))
+        tokenizer = load_tokenizer(source) if there else None
+        found = Pretrained(load_config(source), None, tokenizer, _hf_start(source, tokenizer),
+                           load_chat_template(source))
+    else:
+        raise ValueError(f"--source {source}: neither a .gguf file nor a run folder (checkpoints/) nor a Hugging Face "
+                         "folder (config.json)")
+    if found.tokenizer is not None:
+        check_vocabulary(found.tokenizer, found.config.vocab_size)
+    return found
+
+
+def load_weights(source: Path, opened: Pretrained, *, dtype: Any = jnp.float32, put: Put | None = None) -> Pretrained:
+    """What `open_pretrained` found, with its weights.
+
+    Args:
+      dtype: of the parameters. put: path and leaf to the leaf in the tree, `quantize_leaf` for example; without it
+        leaves of folders and files are numpy arrays, and those of a run lie on this process's first device.
+    """
+    if opened.params is None and not (source / "checkpoints").is_dir():
+        return opened._replace(params=load_hf(source, dtype=dtype, put=put)[1])
+    params = opened.params
+    if params is None:
+        params = saved_params(source, jax.eval_shape(build(opened.config).init, jax.random.key(0)))
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype, copy=False), params)
+    if put is not None:
+        params = jax.tree_util.tree_map_with_path(lambda path, leaf: put(path_name(path), leaf), params)
+    return opened._replace(params=params)
+
+
+def _hf_start(folder: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """The ids that transformers would put before a text: BOS where `add_bos_token` or the post-processor says so."""
+    if tokenizer is None:
+        return ()
+    try:
+        content = {name: json.loads((folder / name).read_bytes()) for name in (JSON_NAMES_FILE, JSON_FILE)
+                   if (folder / name).is_file()}
+    except ValueError as error:
+        raise ValueError(f"{folder}: a tokenizer file is damaged: {error}") from None
+    asked = content.get(JSON_NAMES_FILE, {}).get("add_bos_token")
+    if asked is None:
+        steps = content.get(JSON_FILE, {}).get("post_processor") or {}
+        steps = steps.get("processors") or [steps]
+        first = [(step.get("single") or [{}])[0].get("SpecialToken", {}).get("id") for step in steps]
+        asked = any(name in tokenizer.symbols and tokenizer.symbols[name].id == tokenizer.bos_id
+                    for name in first if name)
+    return (tokenizer.bos_id,) if asked else ()
