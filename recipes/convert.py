@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +21,13 @@ import jax.numpy as jnp
 from jaxlm.core import config as flags
 from jaxlm.core.log import human_count, setup_logging
 from jaxlm.core.tree import count_parameters
-from jaxlm.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer, save_tokenizer, tokenizer_from_files
+from jaxlm.data.tokenizer import save_tokenizer
 from jaxlm.generate.engine import Engine, generate
 from jaxlm.generate.settings import SamplingConfig
-from jaxlm.model.config import ModelConfig
 from jaxlm.model.decoder import build
-from jaxlm.model.gguf import gguf_special_tokens, gguf_tokenizer_json, load_gguf
-from jaxlm.model.hf import load_hf, save_hf
+from jaxlm.model.hf import save_hf
 from jaxlm.model.safetensors_io import COMPANIONS
-from jaxlm.train.checkpoint import saved_params, saved_run
+from jaxlm.train.pretrained import Pretrained, load_pretrained
 
 PROG = "recipes.convert"
 log = logging.getLogger(PROG)
@@ -51,34 +49,7 @@ class Config:
 PRESETS = {"demo": Config()}
 
 
-class Loaded(NamedTuple):
-    """A model with its tokenizer; None where the source has none that can be read."""
-
-    config: ModelConfig
-    params: Any
-    tokenizer: Tokenizer | None
-    start: tuple[int, ...] = ()  # ids before every text: our runs train on documents that begin with BOS
-
-
-def load(source: Path) -> Loaded:
-    """Reads any of the three kinds; ValueError when `source` is none of them or damaged."""
-    if source.suffix == ".gguf":
-        tokenizer = JsonTokenizer(gguf_tokenizer_json(source).encode(), **gguf_special_tokens(source))
-        return Loaded(*load_gguf(source), tokenizer)
-    if (source / "checkpoints").is_dir():
-        saved, files = saved_run(source)
-        model = flags.from_json(ModelConfig, saved["model"], "model.")
-        tokenizer = tokenizer_from_files(files)
-        params = saved_params(source, jax.eval_shape(build(model).init, jax.random.key(0)))
-        return Loaded(model, params, tokenizer, (tokenizer.bos_id,))
-    if (source / "config.json").is_file():
-        found = (source / "tokenizer.json").is_file() or (source / "tokenizer.model").is_file()
-        return Loaded(*load_hf(source), load_tokenizer(source) if found else None)
-    raise ValueError(f"--source {source}: neither a .gguf file nor a run folder (checkpoints/) nor a Hugging Face "
-                     "folder (config.json)")
-
-
-def complete(config: Config, model: Loaded) -> str:
+def complete(config: Config, model: Pretrained) -> str:
     """The greedy continuation of the prompt."""
     if model.tokenizer is None:
         raise ValueError(f"--prompt needs a tokenizer, and {config.source} has none")
@@ -90,16 +61,18 @@ def complete(config: Config, model: Loaded) -> str:
 
 def convert(config: Config) -> None:
     """Loads, shows, writes."""
-    model = load(config.source)
-    log.info("%s: %s parameters, vocabulary of %d, tokenizer of %s", config.source,
+    model = load_pretrained(config.source)
+    log.info("%s: %s parameters, vocabulary of %d, tokenizer of %s, %s chat template", config.source,
              human_count(count_parameters(model.params)), model.config.vocab_size,
-             model.tokenizer.vocab_size if model.tokenizer else "no")
+             model.tokenizer.vocab_size if model.tokenizer else "no", "a" if model.chat else "no")
     if config.prompt:
         print(f"{config.prompt} | {complete(config, model)}")
     with tempfile.TemporaryDirectory() as scratch:
         ids, files = None, []
         if model.tokenizer:
             save_tokenizer(model.tokenizer, Path(scratch))
+            for name, content in (model.chat.files() if model.chat else {}).items():
+                (Path(scratch) / name).write_bytes(content)
             ids = {f"{name}_token_id": getattr(model.tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
             files = [path for path in Path(scratch).iterdir() if path.name in COMPANIONS]  # others know no byte marker
         save_hf(config.target, model.config, model.params, architecture=config.architecture, dtype=config.dtype,

@@ -9,8 +9,11 @@ import torch
 import transformers
 
 from jaxlm.core.log import read_metrics
+from jaxlm.data.chat_template import CHATML
 from jaxlm.model.decoder import build
-from recipes import convert, pretrain
+from jaxlm.train.pretrained import load_pretrained
+from recipes import convert, generate, pretrain
+from tests.tiny_chat import tiny_folder
 
 SMALL = ["--model.vocab-size", "300", "--model.d-model", "32", "--model.num-layers", "2", "--model.num-heads", "2",
          "--model.num-kv-heads", "1", "--model.head-dim", "16", "--model.d-ff", "48", "--model.init-std", "0.2"]
@@ -34,7 +37,7 @@ def exported(run):
 
 
 def test_transformers_opens_it(run, exported):
-    source = convert.load(run)
+    source = load_pretrained(run)
     model = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
     tokens = np.random.default_rng(0).integers(0, 300, (2, 17))
     ours = build(source.config).apply(source.params, jax.numpy.asarray(tokens)).logits
@@ -45,7 +48,14 @@ def test_transformers_opens_it(run, exported):
 
 
 def test_round_trip_is_bit_exact(run, exported):
-    jax.tree.map(np.testing.assert_array_equal, convert.load(run).params, convert.load(exported).params)
+    jax.tree.map(np.testing.assert_array_equal, load_pretrained(run).params, load_pretrained(exported).params)
+
+
+def test_the_chat_template_travels(tmp_path):
+    folder = tiny_folder(tmp_path / "m")
+    convert.main(["--source", str(folder), "--target", str(tmp_path / "again")])
+    assert load_pretrained(tmp_path / "again").chat.source == CHATML
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "again").chat_template == CHATML
 
 
 def test_training_goes_on_from_it(run, exported, capfd):
@@ -61,7 +71,10 @@ def test_training_goes_on_from_it(run, exported, capfd):
 
 def test_sample_before_writing(run, tmp_path, capfd):
     convert.main(["--source", str(run), "--target", str(tmp_path / "x"), "--prompt", "독", "--max-new-tokens", "4"])
-    assert "독 |" in capfd.readouterr().out
+    assert "독 |" in (shown := capfd.readouterr().out)
+    generate.main(["--source", str(run), "--prompt", "독", "--sampling.max-new-tokens", "4"])
+    assert f"독 | {capfd.readouterr().out}" == shown  # both after the BOS that our runs train with
+    assert load_pretrained(run).start == (load_pretrained(run).tokenizer.bos_id,)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

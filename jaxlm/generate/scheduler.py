@@ -320,11 +320,10 @@ class Scheduler:
         return -(-rows // self.quantum) * self.quantum
 
     def _call(self, name: str, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-        """The function's result; its name and shapes count as a program."""
-        leaves = jax.tree.leaves([x for x in arguments if x is not self.params] + list(keywords.values()))
-        shapes = tuple((jnp.shape(x), str(jnp.result_type(x))) for x in leaves
-                       if isinstance(x, (jax.Array, np.ndarray, np.generic)))
-        self.report.programs.add((name, hash((shapes, keywords.get("slots")))))
+        """The function's result; its name with all shapes and static arguments counts as a program."""
+        leaves, structure = jax.tree.flatten(([x for x in arguments if x is not self.params], keywords))
+        key = tuple((x.shape, str(x.dtype)) if hasattr(x, "dtype") else x for x in leaves)
+        self.report.programs.add((name, hash((key, structure))))
         return function(*arguments, **keywords)
 
 

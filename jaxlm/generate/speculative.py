@@ -36,7 +36,9 @@ class Guessing:
     def __post_init__(self) -> None:
         if len(self.widths) != len(self.costs) or list(self.widths) != sorted(set(self.widths)):
             raise ValueError(f"widths must rise and have a cost each, got {self.widths} and {self.costs}")
-        if self.widths and not 0 <= self.widths[-1] <= self.draft.num_nodes:
+        if self.widths and self.widths[0] < 0:
+            raise ValueError(f"widths start at 0, got {self.widths[0]}")
+        if self.widths and self.widths[-1] > self.draft.num_nodes:
             raise ValueError(f"widths may go up to draft.num_nodes {self.draft.num_nodes}, got {self.widths[-1]}")
         if any(cost <= 0 for cost in self.costs):
             raise ValueError(f"costs must be positive, got {self.costs}")
@@ -49,6 +51,8 @@ class Guessing:
             raise ValueError(f"window must be 0 or at least 2 columns, got {self.window}")
         if self.model is not None and self.window:
             raise ValueError("a draft model and a Lookahead window exclude each other")
+        if self.model is not None and self.widths:
+            raise ValueError("a draft model writes one chain: leave widths and costs empty")
 
     def num_sources(self) -> int:
         """Columns of `DecodeState.accepted`."""
@@ -96,7 +100,8 @@ def start_guessing(
         pool, age = init_pool(batch, POOL_SIZE, draft.depth), jnp.zeros(batch, jnp.int32)
     if guessing.model is not None:
         cache = init_cache(guessing.model.config, batch, slots, cache_dtype)
-        cache = guessing.model.apply(sources.params, state.tokens, cache=cache, logits=False).cache
+        known = state.tokens[:, :guessing.model.config.max_positions]  # slots may be more than positions
+        cache = guessing.model.apply(sources.params, known, cache=cache, logits=False).cache
         cache = cache._replace(length=jnp.maximum(state.length - 1, 0))
     learned = None
     if guessing.model is None:

@@ -48,7 +48,8 @@ def verify(
       num_tokens: ids from here on belong to no token (padded vocabulary) and are never chosen.
     """
     root = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)
-    nodes = jnp.concatenate((root, draft.tokens), axis=1)
+    # An id outside the vocabulary is never right; fed as it is, its NaN would reach other nodes through the cache.
+    nodes = jnp.concatenate((root, jnp.clip(draft.tokens, 0, model.config.vocab_size - 1)), axis=1)
     depths = jnp.pad(jnp.minimum(draft.depths, max_depth), ((0, 0), (1, 0)))
     sees = ancestors(draft) if draft.tokens.shape[1] else None
     out = model.apply(params, nodes, cache=state.cache, tree=sees)
