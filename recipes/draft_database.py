@@ -18,7 +18,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,8 +149,10 @@ def write_answers(config: Config, loaded: Pretrained, prompts: Mapping[str, tupl
                   results: Results, total: int) -> dict[str, list[int]]:
     """Greedy answers, each written to the file when it is there."""
     keys, found, report = list(prompts), {}, Report()
-    ends = Reader(loaded.tokenizer, template=loaded.chat).turn_end() if config.chat else ()
-    sampling = SamplingConfig(max_new_tokens=config.max_new_tokens, stop_ids=ends)
+    plain = SamplingConfig(max_new_tokens=config.max_new_tokens)
+    turns = [config.chat or prompts[key][0].messages is not None for key in keys]
+    ends = Reader(loaded.tokenizer, template=loaded.chat).turn_end() if any(turns) else ()
+    sampling = [replace(plain, stop_ids=ends) if turn else plain for turn in turns]
     model = build(loaded.config, ComputeConfig(dtype=config.dtype))
     engine = Engine(model=model, params=jax.tree.map(jnp.asarray, loaded.params), eos_id=loaded.tokenizer.eos_id,
                     tokenizer=loaded.tokenizer, config=EngineConfig(batch_size=config.batch_size,

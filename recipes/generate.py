@@ -43,7 +43,7 @@ from jaxlm.generate.settings import SamplingConfig
 from jaxlm.generate.speculative import Guessing, Sources
 from jaxlm.model.cache import CacheDtype
 from jaxlm.model.config import ComputeConfig
-from jaxlm.model.decoder import build
+from jaxlm.model.decoder import build, unstack
 from jaxlm.model.quantize import quantize_leaf
 from jaxlm.train.pretrained import Pretrained, load_weights, open_pretrained
 
@@ -70,6 +70,7 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and activations
     cache_dtype: CacheDtype = "float32"
     quantize: bool = False               # weights in int8
+    unstack: bool = False                # layers compiled one by one: faster single tokens on CPU, slower start
     drafting: str = "none"               # see jaxlm.generate.methods
     model_database: Path | None = None   # for hierarchy
     corpus_database: Path | None = None  # for hierarchy and rest
@@ -106,7 +107,7 @@ def read_asked(config: Config) -> list[Prompt]:
         return read_lines(sys.stdin, "standard input")
     if config.file.suffix == ".jsonl":
         return read_prompts(config.file)
-    with config.file.open(encoding="utf-8") as lines:
+    with config.file.open(encoding="utf-8-sig") as lines:
         return read_lines(lines, str(config.file))
 
 
@@ -130,7 +131,10 @@ def open_draft(config: Config, opened: Pretrained) -> Pretrained | None:
     """The small model of `draft_source`, without its weights."""
     if config.draft_source is None:
         return None
-    small = open_pretrained(config.draft_source)
+    try:
+        small = open_pretrained(config.draft_source)
+    except ValueError as error:
+        raise ValueError(f"--draft-source: {error}") from None
     if small.tokenizer is None or small.tokenizer.fingerprint() != opened.tokenizer.fingerprint():
         raise ValueError(f"--draft-source {config.draft_source} has another tokenizer than {config.source}, so its "
                          "guesses would be other texts")
@@ -143,17 +147,19 @@ def make_engine(config: Config, opened: Pretrained, databases: Databases, small:
     compute = ComputeConfig(dtype=config.dtype)
     loaded = load_weights(config.source, opened, dtype="float32" if config.quantize else config.dtype,
                           put=quantize_leaf if config.quantize else None)
-    model, params = build(opened.config, compute), jax.tree.map(jnp.asarray, loaded.params)
+    arrange = unstack if config.unstack else lambda params: params
+    model, params = build(opened.config, compute), arrange(jax.tree.map(jnp.asarray, loaded.params))
     guessing, sources = METHODS[config.drafting], Sources(jax.tree.map(jnp.asarray, databases))
     if small is not None:
         weights = load_weights(config.draft_source, small, dtype=config.dtype).params
         guessing = Guessing(model=build(small.config, compute), draft=DraftConfig(order=("context",)))
-        sources = Sources(params=jax.tree.map(jnp.asarray, weights))
+        sources = Sources(params=arrange(jax.tree.map(jnp.asarray, weights)))
     elif guessing and not config.fixed_width and not guessing.window:
         nodes = guessing.draft.num_nodes
         widths = (*(width for width in WIDTHS if width < nodes), nodes)
         log.info("measuring what a step costs here (--fixed-width: not)")
-        costs = step_costs(model, params, widths, batch=rows, rounds=3, cache_dtype=config.cache_dtype)
+        costs = step_costs(model, params, widths, batch=rows, slots=max(512, 8 * (nodes + 1)), rounds=3,
+                           cache_dtype=config.cache_dtype)
         guessing = adapted(guessing, widths, costs)
         log.info("%s", ", ".join(f"{cost / costs[0]:.2f} with {width} guesses"
                                  for width, cost in zip(widths, costs, strict=True)))
@@ -170,7 +176,8 @@ def check_asks(opened: Pretrained, asks: Sequence[Ask]) -> None:
 
 def settings_of(config: Config, opened: Pretrained, asks: Sequence[Ask]) -> dict[str, Any]:
     """What decides the lines of an output, by the names of the flags."""
-    prompts = json.dumps([(ask.number, ask.sample, ask.prompt.id, ask.ids, dict(ask.prompt.settings)) for ask in asks])
+    prompts = json.dumps([(ask.number, ask.sample, ask.prompt.id, ask.ids, flags.to_json(ask.sampling))
+                          for ask in asks])
     return {
         "prompts": hashlib.sha256(prompts.encode()).hexdigest()[:16], "tokenizer": opened.tokenizer.fingerprint()[:16],
         **{name: getattr(config, name) for name in ("num_samples", "logprobs", "dtype", "cache_dtype", "quantize")},
@@ -187,7 +194,8 @@ def line_of(ask: Ask, one: Completion, logprobs: bool) -> dict[str, Any]:
 
 def write(config: Config, engine: Engine, asks: Sequence[Ask], settings: Mapping[str, Any], report: Report) -> None:
     """Fills the output with the texts that it lacks."""
-    results = Results(config.output, {**settings, "weights": weights_mark(engine.params)}, overwrite=config.overwrite)
+    mark = {"weights": weights_mark(engine.params), "unstack": config.unstack}  # which names the weights anew
+    results = Results(config.output, {**settings, **mark}, overwrite=config.overwrite)
     there = {(record["prompt"], record["sample"]) for record in results.records}
     missing = [ask for ask in asks if (ask.number, ask.sample) not in there]
     if there:

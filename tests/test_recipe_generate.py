@@ -67,7 +67,7 @@ def test_streamed_is_the_text_of_a_batch(model, tmp_path, capfd):
         run(model, *arguments, "--output", tmp_path / f"{number}.jsonl")
         line, = written(tmp_path / f"{number}.jsonl")
         assert shown.out == line["text"] + "\n" and line["num_tokens"] > 0
-        assert capfd.readouterr().out.startswith("step 1/1")
+        assert capfd.readouterr().out.startswith("text 1/1")
         assert "tokens/s" in shown.err and "a forward pass" in shown.err
 
 

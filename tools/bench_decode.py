@@ -5,13 +5,14 @@
     ... --methods "" --peer                      # plain decoding against transformers
     python -m tools.bench_decode --random base   # the same, 25 M random parameters
 
-Data: Spec-Bench's `question.jsonl` ({category, turns}); the first turn is asked with the model's chat template. Every
-prompt is prefilled once; each method continues from a copy of that state at batch 1, greedy, end of text ignored, so
-that all write the same number of tokens. Times are of decoding alone. `exact` counts texts equal to plain decoding's;
-where one differs the margin between the two best logits there says whether it was a tie of rounding. Printed first:
-what a step costs on this device by the number of guesses it verifies, relative to plain decoding; methods choose the
-width of each step by it (`--fixed-width`: always all guesses, as in the papers; a Lookahead window always does).
-Speed-up is the ratio of mean tokens/s over prompts, as in Spec-Bench; the ratio of total times stands beside it.
+Data: Spec-Bench's `question.jsonl` ({category, turns}); the first turn is asked with the model's chat template
+(`--per-category 8` makes 104 prompts). Every prompt is prefilled once; each method continues from a copy of that state
+at batch 1, greedy, end of text ignored, so that all write the same number of tokens. Times are of decoding alone.
+`exact` counts texts equal to plain decoding's; where one differs the margin between the two best logits there says whether it
+was a tie of rounding. Printed first: what a step costs on this device by the number of guesses it verifies, relative to
+plain decoding; methods choose the width of each step by it, up to the widest measured (`--fixed-width`: always all
+guesses, as in the papers; a Lookahead window always does). Speed-up is the ratio of mean tokens/s over prompts, as in
+Spec-Bench; the ratio of total times stands beside it.
 """
 
 import json
@@ -30,13 +31,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.core import config as flags
-from jaxlm.data.chat import chat_ids
 from jaxlm.generate.costs import step_costs
 from jaxlm.generate.databases import load_database
 from jaxlm.generate.decode import complete, decode, step_width
 from jaxlm.generate.draft import propose
 from jaxlm.generate.draft_sources import Databases
 from jaxlm.generate.methods import METHODS, adapted, missing_database
+from jaxlm.generate.prompts import Prompt, Reader
 from jaxlm.generate.settings import SamplingConfig, make_settings
 from jaxlm.generate.speculative import Guessing, Sources, start_guessing
 from jaxlm.generate.state import DecodeState, init_state, prefill
@@ -99,8 +100,9 @@ class Bench:
     def start(self, ids: list[int]) -> DecodeState:
         """The state behind a prompt."""
         limit, slots = len(ids) + self.config.max_new_tokens, self.config.slots
-        state = init_state(self.model, make_settings([SamplingConfig()], self.model.config.vocab_size),
-                           limit=jnp.array([limit]), stop_ids=jnp.full((1, 1), -1), slots=slots, num_sources=4)
+        greedy = make_settings([SamplingConfig()], self.model.config.vocab_size)
+        state = init_state(self.model, greedy, limit=jnp.array([limit]), stop_ids=jnp.full((1, 1), -1), slots=slots,
+                           num_sources=len(LETTERS))
         tokens = np.zeros((1, 1 << (len(ids) - 1).bit_length()), np.int32)
         tokens[0, :len(ids)] = ids
         return jax.block_until_ready(self._prefill(self.model, self.params, state, tokens, np.array([len(ids)])))
@@ -135,17 +137,19 @@ class Bench:
 def read_prompts(config: Config, loaded: Pretrained) -> tuple[list[tuple[str, list[int]]], int]:
     """(category, ids) of the chosen prompts, and how many were too long."""
     found, count, long = [], defaultdict(int), 0
+    reader = Reader(loaded.tokenizer, loaded.start, loaded.chat, chat=True)
     widest = max((step_width(one) for one in METHODS.values()), default=1)
     for line in config.data.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        messages = [{"role": "user", "content": row["turns"][0]}]
-        ids = [*loaded.start, *chat_ids(loaded.chat, loaded.tokenizer, messages, add_generation_prompt=True).ids]
+        ids = reader.ids(Prompt(row["turns"][0]))
         if len(ids) + config.max_new_tokens + widest > config.slots:
             long += 1
             continue
         count[row["category"]] += 1
         if config.skip < count[row["category"]] <= config.skip + config.per_category:
             found.append(("multi-turn" if row["category"] in MULTI_TURN else row["category"], ids))
+    if not found:
+        raise ValueError(f"{config.data} has no prompt that fits {config.slots} slots behind --skip {config.skip}")
     return found, long
 
 

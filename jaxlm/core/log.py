@@ -96,13 +96,13 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 class ProgressLine:
     """A live bar on a terminal; elsewhere one plain line per report; nothing at all unless `visible`."""
 
-    def __init__(self, total: int, start: int = 0, visible: bool = True) -> None:
-        self._total, self._visible = total, visible
+    def __init__(self, total: int, start: int = 0, visible: bool = True, unit: str = "step") -> None:
+        self._total, self._visible, self._unit = total, visible, unit
         self._bar = None
         if visible and sys.stdout.isatty():
             # On a narrow terminal the numbers are cut at their end; step and bar keep their width.
-            fixed = Column(min_width=len(f"step {total}/{total}"), no_wrap=True)
-            columns = (TextColumn("step {task.completed}/{task.total}", table_column=fixed),
+            fixed = Column(min_width=len(f"{unit} {total}/{total}"), no_wrap=True)
+            columns = (TextColumn(f"{unit} {{task.completed}}/{{task.total}}", table_column=fixed),
                        BarColumn(bar_width=8, table_column=Column(min_width=8)),
                        TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")))
             self._bar = Progress(*columns, console=Console(), refresh_per_second=4)
@@ -114,7 +114,7 @@ class ProgressLine:
         if self._bar:
             self._bar.update(self._task, completed=step, description=text)
         elif self._visible:
-            print(f"step {step}/{self._total}  {text}", flush=True)
+            print(f"{self._unit} {step}/{self._total}  {text}", flush=True)
 
     def say(self, text: str) -> None:
         """A line that stays: an evaluation, a sample, a checkpoint."""

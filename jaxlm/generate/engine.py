@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.generate.methods import missing_database
 from jaxlm.generate.scheduler import Completion, Piece, Report, Request, Scheduler
 from jaxlm.generate.settings import SamplingConfig, check_ids
 from jaxlm.generate.speculative import Guessing, Sources
@@ -81,7 +82,8 @@ def serve(
 
     Args:
       prompts: token ids, special tokens included.
-      sampling: for all prompts, or one each. Sample i of a prompt adds i to the seed.
+      sampling: for all prompts, or one each. Sample i of a prompt adds i to the seed; equal prompts with equal seeds
+        get equal texts.
       pieces: also yield the texts while they grow.
       report: filled with what the call cost.
 
@@ -114,6 +116,7 @@ def _check(engine: Engine, prompts, each, num_samples: int, pieces: bool) -> Non
         raise ValueError(f"eos_id {engine.eos_id} is outside the vocabulary of {vocab_size}")
     if engine.tokenizer is None and (pieces or any(one.stop_strings for one in each)):
         raise ValueError(f"{'streaming text' if pieces else 'stop_strings'} needs a tokenizer")
+    _check_guessing(engine)
     for number, (ids, one) in enumerate(zip(prompts, each, strict=True)):
         if not len(ids):
             raise ValueError(f"prompt {number} is empty: it needs at least one token, for instance bos")
@@ -124,3 +127,16 @@ def _check(engine: Engine, prompts, each, num_samples: int, pieces: bool) -> Non
                 f"prompt {number} has {len(ids)} tokens: with max_new_tokens {one.max_new_tokens} that is more than "
                 f"the {positions} positions of the model; shorten it or ask for fewer tokens")
         check_ids(one, vocab_size)
+
+
+def _check_guessing(engine: Engine) -> None:
+    guessing, sources, vocab_size = engine.guessing, engine.sources, engine.vocab_size()
+    if guessing is None:
+        return
+    if guessing.model is not None:
+        if sources.params is None:
+            raise ValueError("guessing names a draft model, and sources hold no parameters of it")
+        if guessing.model.config.vocab_size < vocab_size:
+            raise ValueError(f"the draft model has {guessing.model.config.vocab_size} tokens, the model {vocab_size}")
+    elif name := missing_database(guessing, sources.databases):
+        raise ValueError(f"guessing reads the database '{name}', and sources hold none")

@@ -14,8 +14,8 @@ METHODS: dict[str, Guessing | None] = {
     "pld": Guessing(draft=DraftConfig(order=("prompt",), num_candidates=1, depth=10, num_nodes=10, max_ngram=3)),
     # Fu et al. 2024, arXiv:2402.02057: window 7, level 5, guess set 7
     "lookahead": Guessing(draft=DraftConfig(order=("pool",), num_candidates=7, depth=4, num_nodes=28), window=7),
-    # He et al. 2024, arXiv:2311.08252: suffixes of 16 to 2 tokens, ten tokens on
-    "rest": Guessing(draft=DraftConfig(order=("corpus",), num_candidates=16, depth=10, num_nodes=40,
+    # He et al. 2024, arXiv:2311.08252: suffixes of 16 to 2 tokens, ten tokens on, a tree of 64 nodes
+    "rest": Guessing(draft=DraftConfig(order=("corpus",), num_candidates=16, depth=10, num_nodes=64,
                                        suffix_lengths=tuple(range(16, 1, -1)))),
     # Luo et al. 2024, arXiv:2408.08696: a tree of 80 nodes over the last seen successors
     "recycling": Guessing(draft=DraftConfig(order=("recycling",), num_candidates=64, depth=6, num_nodes=80)),
@@ -28,7 +28,8 @@ METHODS: dict[str, Guessing | None] = {
 def adapted(guessing: Guessing, widths: Sequence[int], costs: Sequence[float]) -> Guessing:
     """The method with the width of every step chosen by what it costs on a device (`costs.step_costs`).
 
-    Widths beyond the nodes of the method are left out. A Lookahead window has a fixed step and stays as it is.
+    Widths beyond the nodes of the method are left out, and no step verifies more than the widest one given. A Lookahead
+    window has a fixed step and stays as it is.
     """
     if guessing.window or guessing.model is not None:
         return guessing

@@ -127,7 +127,8 @@ def make_asks(reader: Reader, prompts: Sequence[Prompt], sampling: SamplingConfi
             raise ValueError(f"{prompt.where}: {error}") from None
         if (reader.chat or prompt.messages is not None) and not own.ignore_eos:
             ends = reader.turn_end() if ends is None else ends
-            own = replace(own, stop_ids=tuple(dict.fromkeys((*own.stop_ids, *ends))))
+            chosen = [i for i in ends if own.allowed_tokens is None or i in own.allowed_tokens]
+            own = replace(own, stop_ids=tuple(dict.fromkeys((*own.stop_ids, *chosen))))
         first = own.seed + (0 if "seed" in prompt.settings else number * num_samples)
         found += [Ask(number, sample, prompt, ids, own if own.temperature == 0 else
                       replace(own, seed=(first + sample) % 2**32)) for sample in range(num_samples)]

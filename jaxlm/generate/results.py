@@ -85,7 +85,7 @@ class Pace:
     """The progress of a long run: how many of `total` are done, tokens/s, and the time that is left."""
 
     def __init__(self, total: int, start: int = 0, visible: bool = True) -> None:
-        self._line = ProgressLine(total, start, visible)
+        self._line = ProgressLine(total, start, visible, "text")
         self._total, self._start, self._done, self._tokens, self._steps = total, start, start, 0, 0
         self._began = self._shown = time.perf_counter()
 

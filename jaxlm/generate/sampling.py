@@ -82,8 +82,9 @@ def choose(
 
     Args:
       logits_BTV: any float type.
-      depths_BT: int32 in [0, max_depth]; the logits at depth d decide the token at text index `index_B + d`.
-      index_B: int32, the text index that the root decides.
+      depths_BT: int32 in [0, max_depth]; the logits at depth d decide the token at place `index_B + d` of the row.
+      index_B: int32, the place that the root decides. It counts from the start of the prompt: a place is decided once,
+        so that the texts of several turns share no noise.
       seen: `count_tokens`; required where `needs_history(settings)`.
       num_tokens: ids from here on belong to no token (padded vocabulary) and are never chosen.
     """

@@ -2,7 +2,8 @@
 
 A row whose text has ended is refilled from the queue at once; without a queue the batch is halved as soon as half of it
 is done. Prompts are padded to powers of two and rows are widened by doubling: the few shapes that result are counted
-in `Report.programs`. What all prompts share at their beginning is prefilled once; samples of a prompt share all of it.
+in `Report.programs`. What all prompts share at their beginning is prefilled once; samples of a prompt that are seated
+together share all of it.
 """
 
 import time
@@ -45,8 +46,9 @@ class Completion(NamedTuple):
     kept: list[float]
     text: str | None                   # None without a tokenizer
     reason: Literal["stop_id", "stop_string", "length"]
-    steps: int                         # forward passes, without the prompt
-    accepted: dict[str, int]           # guesses that became text, by source
+    steps: int                         # forward passes, without the prompt; with those behind a stop string, which the
+                                       # device went on to write until the host saw it
+    accepted: dict[str, int]           # guesses that were right, by source; likewise
 
 
 class Piece(NamedTuple):
@@ -132,6 +134,12 @@ class Scheduler:
             return
         began = time.perf_counter()
         self.rows: list[_Row | None] = [None] * self.batch_size
+        try:
+            yield from self._run()
+        finally:
+            self.report.seconds += time.perf_counter() - began
+
+    def _run(self) -> Iterator[Completion | Piece]:
         self.state = self._open(self._next(self.batch_size), self.batch_size)
         while any(self.rows):
             self._make_room()
@@ -144,7 +152,6 @@ class Scheduler:
                 self._refill()
             elif any(self.rows):
                 self._shrink()
-        self.report.seconds += time.perf_counter() - began
 
     def _next(self, count: int) -> list[_Row]:
         """Takes requests from the queue and seats them in free rows."""

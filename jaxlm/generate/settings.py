@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxlm.generate.text import check_stop_strings
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
@@ -57,8 +59,7 @@ class SamplingConfig:
     def _check_lists(self) -> None:
         if self.allowed_tokens == ():
             raise ValueError("allowed_tokens is empty, so no token could be chosen: name some, or drop it")
-        if "" in self.stop_strings:
-            raise ValueError("stop_strings contains an empty string, which every text contains")
+        check_stop_strings(self.stop_strings)
         for name, ids in self.ids().items():
             if wrong := [i for i in ids if i < 0]:
                 raise ValueError(f"{name}: token ids start at 0, got {_listed(wrong)}")

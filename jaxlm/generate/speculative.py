@@ -25,7 +25,7 @@ SUCCESSORS = 8  # of a token, for Token Recycling
 
 @dataclass(frozen=True, kw_only=True)
 class Guessing:
-    """How guesses are made and verified; the costs are `tools.bench_decode`'s, or `measure_costs` of this device."""
+    """How guesses are made and verified; the costs are `costs.step_costs` of this device."""
 
     draft: DraftConfig = field(default_factory=DraftConfig)
     model: Model | None = None       # a small model that writes chains of `draft.depth` tokens in place of the sources
@@ -225,8 +225,12 @@ def _draft_model_step(model, params, state: DecodeState, sources, guessing, num_
     With the same noise the two models decide the same token whenever their distributions are close (see `sampling`).
     """
     small, depth, cache = guessing.model, guessing.draft.depth, state.drafting.cache
-    batch, index = state.done.shape[0], state.length - state.start
+    batch = state.done.shape[0]
     settings = state.settings._replace(repetition=None, frequency=None, presence=None)  # a guess need not know them
+    if settings.allowed is not None:  # the two vocabularies may be padded differently
+        size = small.config.vocab_size
+        known = settings.allowed[:, :size]
+        settings = settings._replace(allowed=jnp.pad(known, ((0, 0), (0, size - known.shape[1]))))
     # What became text since the last step, at most depth + 1 tokens; what follows them is overwritten.
     place = cache.length[:, None] + jnp.arange(depth + 1)[None]
     out = small.apply(sources.params, jnp.take_along_axis(state.tokens, place, axis=1, mode="clip"), cache=cache)
@@ -234,8 +238,8 @@ def _draft_model_step(model, params, state: DecodeState, sources, guessing, num_
     logits, cache = jnp.take_along_axis(out.logits, at, axis=1), out.cache._replace(length=state.length)
 
     def decide(logits: jax.Array, step: int) -> jax.Array:
-        return choose(logits, settings, depths_BT=jnp.zeros((batch, 1), jnp.int32), index_B=index + step, max_depth=0,
-                      num_tokens=num_tokens).tokens
+        return choose(logits, settings, depths_BT=jnp.zeros((batch, 1), jnp.int32), index_B=state.length + step,
+                      max_depth=0, num_tokens=num_tokens).tokens
 
     chain = [decide(logits, 0)]
     for step in range(1, depth):

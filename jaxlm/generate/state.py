@@ -50,7 +50,8 @@ def init_state(
 def prefill(model: Model, params: Any, state: DecodeState, tokens: jax.Array, lengths: jax.Array) -> DecodeState:
     """Given tokens behind what each row knows: a prompt, the rest of a prompt, or what a tool answered.
 
-    The text begins behind them: `start` moves. Rows that were done are alive again if their limit allows.
+    The text begins behind them: `start` moves. Rows that were done are alive again if their limit allows. What
+    speculation knows of a row is set up again by `speculative.start_guessing`.
 
     Args:
       tokens: [B, P] int32, row b has `lengths[b]` >= 1 of them, padding follows.

@@ -54,7 +54,7 @@ def verify(
     sees = ancestors(draft) if draft.tokens.shape[1] else None
     out = model.apply(params, nodes, cache=state.cache, tree=sees)
     seen = _history(state, nodes, sees, model.config.vocab_size) if needs_history(state.settings) else None
-    choice = choose(out.logits, state.settings, depths_BT=depths, index_B=state.length - state.start,
+    choice = choose(out.logits, state.settings, depths_BT=depths, index_B=state.length,
                     max_depth=max_depth, seen=seen, num_tokens=num_tokens)
     path = _follow(draft, choice.tokens, max_depth)
     state, count = _extend(state, choice, path)

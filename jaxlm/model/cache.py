@@ -39,11 +39,19 @@ def init_cache(config: ModelConfig, batch: int, slots: int, dtype: CacheDtype = 
 
 
 def with_new(layer: Cache, k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of one layer of a cache (leaves without L) and of T new tokens, [B, S + T, K, H] each."""
+    """Keys and values of one layer of a cache (leaves without L) and of T new tokens, [B, S + T, K, H] each.
+
+    The new ones are rounded as they will be stored: what a token sees must not depend on how many were fed at once.
+    """
     def both(stored: jax.Array, scale: jax.Array | None, new: jax.Array) -> jax.Array:
+        new = new.transpose(0, 2, 1, 3)
         if scale is not None:
             stored = stored.astype(jnp.float32) * scale[..., None]
-        whole = jnp.concatenate((stored.astype(new.dtype), new.transpose(0, 2, 1, 3)), axis=2)
+            numbers, scale = quantize_vectors(new)
+            new = (numbers.astype(jnp.float32) * scale[..., None]).astype(new.dtype)
+        elif stored.dtype == jnp.bfloat16:
+            new = jax.lax.reduce_precision(new, 8, 7)  # two casts might be optimised away
+        whole = jnp.concatenate((stored.astype(new.dtype), new), axis=2)
         return whole.transpose(0, 2, 1, 3)  # a view: the products in attention take K before S again
 
     return both(layer.k, layer.k_scale, k_BTKH), both(layer.v, layer.v_scale, v_BTKH)

@@ -67,7 +67,7 @@ def open_pretrained(source: Path) -> Pretrained:
         found = Pretrained(load_config(source), None, tokenizer, _hf_start(source, tokenizer),
                            load_chat_template(source))
     else:
-        raise ValueError(f"--source {source}: neither a .gguf file nor a run folder (checkpoints/) nor a Hugging Face "
+        raise ValueError(f"{source}: neither a .gguf file nor a run folder (checkpoints/) nor a Hugging Face "
                          "folder (config.json)")
     if found.tokenizer is not None:
         check_vocabulary(found.tokenizer, found.config.vocab_size)
