@@ -6,13 +6,13 @@
     python -m tools.bench_decode --random base   # the same, 25 M random parameters
 
 Data: Spec-Bench's `question.jsonl` ({category, turns}); the first turn is asked with the model's chat template
-(`--per-category 8` makes 104 prompts). Every prompt is prefilled once; each method continues from a copy of that state
-at batch 1, greedy, end of text ignored, so that all write the same number of tokens. Times are of decoding alone.
-`exact` counts texts equal to plain decoding's; where one differs the margin between the two best logits there says whether it
-was a tie of rounding. Printed first: what a step costs on this device by the number of guesses it verifies, relative to
-plain decoding; methods choose the width of each step by it, up to the widest measured (`--fixed-width`: always all
-guesses, as in the papers; a Lookahead window always does). Speed-up is the ratio of mean tokens/s over prompts, as in
-Spec-Bench; the ratio of total times stands beside it.
+(`--per-category 8` makes 104 prompts). Every prompt is prefilled once; each method continues from a copy of that
+state at batch 1, greedy, end of text ignored, so that all write the same number of tokens. Times are of decoding
+alone. `exact` counts texts equal to plain decoding's; where one differs the margin between the two best logits there
+says whether it was a tie of rounding. Printed first: what a step costs on this device by the number of guesses it
+verifies, relative to plain decoding; methods choose the width of each step by it, up to the widest measured
+(`--fixed-width`: always all guesses, as in the papers; a Lookahead window always does). Speed-up is the ratio of mean
+tokens/s over prompts, as in Spec-Bench; the ratio of total times stands beside it.
 """
 
 import json
