@@ -53,6 +53,7 @@ def test_a_different_text_is_reported(capsys, monkeypatch):
 def test_costs_rise_and_are_checked():
     costs = step_costs(MODEL, PARAMS, (0, 2, 6), batch=2, slots=64, rounds=2)
     assert len(costs) == 3 and 0 < costs[0] <= costs[1] <= costs[2]
+    assert len(step_costs(MODEL, PARAMS, (0, 80), slots=8 * 81, rounds=1)) == 2  # Token Recycling in recipes.generate
     with pytest.raises(ValueError, match=r"widths \(0, 40\) must be at least 0 and 4 steps of them fit 32 slots"):
         step_costs(MODEL, PARAMS, (0, 40), slots=64)
 

@@ -15,6 +15,7 @@ from jaxlm.generate import scheduler
 from jaxlm.generate.decode import decode
 from jaxlm.generate.draft import DraftConfig
 from jaxlm.generate.engine import Engine, EngineConfig, generate, serve, stream
+from jaxlm.generate.methods import METHODS
 from jaxlm.generate.scheduler import Completion, Piece, Report
 from jaxlm.generate.settings import SamplingConfig
 from jaxlm.generate.speculative import Guessing, Sources, start_guessing
@@ -345,6 +346,9 @@ ONE = SamplingConfig(max_new_tokens=4)
     ({}, [[1]], replace(ONE, stop_strings=("a",)), {}, "stop_strings needs a tokenizer"),
     ({"tokenizer": BYTES}, [[1]], ONE, {}, "wrong tokenizer: it has 259 tokens, the model 40"),
     ({"eos_id": V}, [[1]], ONE, {}, "eos_id 40 is outside the vocabulary of 40"),
+    ({"guessing": METHODS["hierarchy"]}, [[1]], ONE, {}, "guessing reads the database 'model', and sources hold none"),
+    ({"guessing": METHODS["rest"]}, [[1]], ONE, {}, "guessing reads the database 'corpus'"),
+    ({"guessing": Guessing(model=MODEL)}, [[1]], ONE, {}, "names a draft model, and sources hold no parameters of it"),
 ])
 def test_requests_without_sense_are_one_sentence_before_anything_runs(fields, prompts, sampling, keywords, message):
     with pytest.raises(ValueError, match=message):

@@ -14,11 +14,13 @@ import pytest
 from jaxlm.data.chat import chat_ids
 from jaxlm.data.chat_template import CHATML, ChatTemplate
 from jaxlm.generate import console
+from jaxlm.generate.console import show
 from jaxlm.generate.databases import build_corpus, build_model_table, save_database
 from jaxlm.generate.engine import Report
 from jaxlm.generate.methods import METHODS
 from jaxlm.generate.prompts import Prompt, Reader, make_asks
 from jaxlm.generate.settings import SamplingConfig
+from jaxlm.model.quantize import Quantized
 from recipes import generate
 from tests.tiny_chat import SPECIALS, json_tokenizer, tiny_folder
 
@@ -158,9 +160,14 @@ def test_measured_widths_and_a_draft_model(model, capfd, monkeypatch):
     assert shown.out == plain and "draft_model" in shown.err
 
 
-def test_other_numbers(model, capfd):
-    run(model, "--prompt", "abc", *SHORT, "--quantize", "--cache-dtype", "int8", "--dtype", "bfloat16")
+def test_other_numbers(model, capfd, monkeypatch):
+    made = []
+    monkeypatch.setattr(generate, "show", lambda engine, *rest: (made.append(engine), show(engine, *rest)))
+    run(model, "--prompt", "abc", *SHORT, "--quantize", "--cache-dtype", "int8", "--dtype", "bfloat16", "--unstack")
     assert "8 tokens" in capfd.readouterr().err
+    [engine] = made
+    assert engine.config.cache_dtype == "int8" and engine.model.compute.dtype == "bfloat16"
+    assert isinstance(engine.params["layers"][0]["mlp"]["up"]["kernel"], Quantized)
 
 
 def test_a_conversation_is_remembered(monkeypatch, caplog):

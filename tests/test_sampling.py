@@ -389,6 +389,7 @@ def test_rows_made_of_one_queue_compile_once():
     ({"allowed_tokens": ()}, "allowed_tokens is empty, so no token could be chosen"),
     ({"allowed_tokens": (-1,)}, "allowed_tokens: token ids start at 0, got id -1"),
     ({"stop_strings": ("a", "")}, "stop strings are a list of strings that are not empty"),
+    ({"stop_strings": "END"}, "stop strings are a list of strings that are not empty, not 'END'"),
 ])
 def test_a_request_without_sense_is_one_clear_sentence(fields, message):
     with pytest.raises(ValueError, match=f"^{message}"):

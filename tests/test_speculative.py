@@ -11,14 +11,28 @@ import pytest
 from scipy import stats
 
 from jaxlm.generate.databases import build_corpus, build_model_table
-from jaxlm.generate.decode import step_width
+from jaxlm.generate.decode import pad, step_width
 from jaxlm.generate.draft import DraftConfig, acceptance_rates, propose
 from jaxlm.generate.draft_sources import Databases
 from jaxlm.generate.settings import SamplingConfig, make_settings
 from jaxlm.generate.speculative import Guessing, Sources, _best_width, start_guessing
 from jaxlm.model.config import ModelConfig
 from jaxlm.model.decoder import build
-from tests.test_decode import CONFIG, MODEL, NEW, QUICK, V, begin, full_logits, go, params_of, run, start, texts
+from tests.test_decode import (
+    CONFIG,
+    MODEL,
+    NEW,
+    QUICK,
+    V,
+    begin,
+    feed,
+    full_logits,
+    go,
+    params_of,
+    run,
+    start,
+    texts,
+)
 
 ROWS, SLOTS = 104, 64
 SMALL = DraftConfig(num_candidates=3, depth=3, num_nodes=8, matches=8)
@@ -96,7 +110,8 @@ def check(state, expected):
     written = np.asarray(state.length - state.start)
     place = np.arange(state.tokens.shape[1])[None]
     text = (place >= np.asarray(state.start)[:, None]) & (place < np.asarray(state.length)[:, None])
-    np.testing.assert_allclose(np.asarray(state.logprobs)[text], np.asarray(expected.logprobs)[text], atol=2e-5)
+    np.testing.assert_allclose(  # a logit rounds with its size, and is divided by the temperature
+        np.asarray(state.logprobs)[text], np.asarray(expected.logprobs)[text], rtol=1e-5, atol=2e-5)
     np.testing.assert_allclose(np.asarray(state.kept)[text], np.asarray(expected.kept)[text], atol=1e-5)
     np.testing.assert_array_equal(state.cache.length, state.length - 1)
     # A step writes its right guesses and one more token; only the last step of a row may end on a right guess.
@@ -111,6 +126,19 @@ def saved(state):
 
 
 # --- greedy
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_small_cache_rounds_guesses_as_it_rounds_text(dtype):
+    """What a token sees is rounded alike whether it was fed alone, in a tree, or with the prompt."""
+    prefilled = start(PROMPTS, slots=SLOTS, cache_dtype=dtype)
+    expected = run(prefilled)
+    found = speculate(with_order("context"), Sources(), prefilled)
+    assert texts(found) == texts(expected) and saved(found) > 0
+    pieces = start([prompt[:4] for prompt in PROMPTS], new=NEW, slots=SLOTS, cache_dtype=dtype)
+    rest, mask = pad([prompt[4:] for prompt in PROMPTS])
+    pieces = feed(MODEL, params_of(), pieces._replace(limit=prefilled.limit), rest, mask.sum(axis=1))
+    assert texts(run(pieces)) == texts(expected)
 
 
 @pytest.mark.parametrize("order", ORDERS, ids="-".join)
