@@ -1,6 +1,7 @@
 """Decoding with a cache writes what full forward passes say, and rows never notice each other."""
 
 import functools
+import re
 from dataclasses import replace
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.core.mesh import MeshConfig, make_mesh
 from jaxlm.generate.decode import complete, decode, pad
 from jaxlm.generate.settings import SamplingConfig, make_settings
 from jaxlm.generate.speculative import Sources
@@ -336,3 +338,20 @@ def test_a_window_model_decodes_beyond_its_window():
         first = int(state.start[b])
         assert text == logits[b, first - 1:first - 1 + NEW].argmax(axis=-1).tolist()
     assert texts(state) != plain()
+
+
+def test_a_mesh_splits_rows_and_never_gathers_a_cache():
+    tokens, mask = pad([[3, 5, 7], [4], [6, 6, 8, 9], [1, 2]] * 2)
+    arguments = (tokens, mask, make_settings([GREEDY] * 8, V))
+    options = {"max_new_tokens": 6, "eos_id": V - 1}
+    expected = np.asarray(complete(MODEL, params_of(), *arguments, **options))
+    mesh = make_mesh(MeshConfig(data=8))
+    with jax.set_mesh(mesh):
+        whole = jax.device_put(params_of(), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+        lowered = complete.lower(MODEL, whole, *arguments, **options)
+        text = lowered.compile().as_text()
+        found = np.asarray(complete(MODEL, whole, *arguments, **options))
+    np.testing.assert_array_equal(found, expected)
+    layers, heads, width = CONFIG.num_layers, CONFIG.num_kv_heads, CONFIG.head_dim
+    sent = re.findall(r"= f32\[([\d,]+)\][^=]*? all-gather\(", text)
+    assert not [shape for shape in sent if re.fullmatch(rf"{layers},8,{heads},\d+,{width}", shape)], sent

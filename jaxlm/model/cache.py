@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlm.model.attention_call import split_mesh
 from jaxlm.model.config import ModelConfig
 
 CacheDtype = Literal["float32", "bfloat16", "int8"]
@@ -91,22 +92,33 @@ def keep_path(cache: Cache, start: jax.Array, nodes: jax.Array) -> Cache:
 def _put(x_LBKS: jax.Array, start_B: jax.Array, new_LBKT: jax.Array) -> jax.Array:
     """Writes T slots of each row from its own start on; slots from S on are dropped.
 
-    Row by row in a loop, since XLA copies the whole array for a scatter on CPU and updates a slice in place.
+    On one device row by row in a loop, since XLA on CPU copies the whole array for a scatter and updates a slice in
+    place. On a mesh as a scatter, since a loop over rows that are split would gather them.
     """
     slots, count = x_LBKS.shape[3], new_LBKT.shape[3]
     new_LBKT = new_LBKT.astype(x_LBKS.dtype)
+    # A window that would pass the end begins earlier, and keeps what lies before the row's start.
+    first_B = jnp.minimum(start_B, slots - count)
+    late_B = start_B - first_B
 
-    def row(b: jax.Array, x: jax.Array) -> jax.Array:
-        # A window that would pass the end begins earlier, and keeps what lies before the row's start.
-        first = jnp.minimum(start_B[b], slots - count)
-        at = (0, b, 0, first) + (0,) * (x.ndim - 4)
-        old = jax.lax.dynamic_slice(x, at, (x.shape[0], 1, *x.shape[2:3], count, *x.shape[4:]))
+    def window(old: jax.Array, new: jax.Array, late: jax.Array, axis: int) -> jax.Array:
+        keep = jnp.arange(count).reshape((count,) + (1,) * (new.ndim - axis - 1)) < late
+        return jnp.where(keep, old, jnp.roll(new, late, axis=axis))
+
+    def row(x_LKS: jax.Array, new_LKT: jax.Array, first: jax.Array, late: jax.Array) -> jax.Array:
+        old = jax.lax.dynamic_slice_in_dim(x_LKS, first, count, axis=2)
+        return jax.lax.dynamic_update_slice_in_dim(x_LKS, window(old, new_LKT, late, 2), first, axis=2)
+
+    if split_mesh() is not None:
+        return jax.vmap(row, in_axes=(1, 1, 0, 0), out_axes=1)(x_LBKS, new_LBKT, first_B, late_B)
+
+    def one(b: jax.Array, x: jax.Array) -> jax.Array:
+        at = (0, b, 0, first_B[b]) + (0,) * (x.ndim - 4)
+        old = jax.lax.dynamic_slice(x, at, (x.shape[0], 1, x.shape[2], count, *x.shape[4:]))
         new = jax.lax.dynamic_slice_in_dim(new_LBKT, b, 1, axis=1)
-        late = start_B[b] - first
-        keep = jnp.arange(count).reshape((count,) + (1,) * (x.ndim - 4)) < late
-        return jax.lax.dynamic_update_slice(x, jnp.where(keep, old, jnp.roll(new, late, axis=3)), at)
+        return jax.lax.dynamic_update_slice(x, window(old, new, late_B[b], 3), at)
 
-    return jax.lax.fori_loop(0, x_LBKS.shape[1], row, x_LBKS)
+    return jax.lax.fori_loop(0, x_LBKS.shape[1], one, x_LBKS)
 
 
 def cached_view(
