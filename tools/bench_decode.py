@@ -36,6 +36,7 @@ from jaxlm.generate.databases import load_database
 from jaxlm.generate.decode import complete, decode, step_width
 from jaxlm.generate.draft import propose
 from jaxlm.generate.draft_sources import Databases
+from jaxlm.generate.engine import Engine, Report, generate
 from jaxlm.generate.methods import METHODS, adapted, missing_database
 from jaxlm.generate.prompts import Prompt, Reader
 from jaxlm.generate.settings import SamplingConfig, make_settings
@@ -66,6 +67,7 @@ class Config:
     skip: int = 0                  # prompts of each category that are left out first
     max_new_tokens: int = 96
     slots: int = 1024              # of the cache; longer prompts are left out, and counted
+    check: bool = False            # only whether texts are those of plain decoding: batches of 8, 8 guesses a step
     fixed_width: bool = False
     unstack: bool = False          # layers one by one, see jaxlm.model.decoder.unstack
     peer: bool = False             # plain decoding of transformers beside ours, at batch 1 and 8
@@ -178,6 +180,23 @@ def compare(
     return measured
 
 
+def check(bench: Bench, prompts: list[list[int]], methods: dict[str, Guessing | None]) -> None:
+    """Prints for every method how many texts are those of plain decoding."""
+    engine = Engine(model=bench.model, params=bench.params, eos_id=None, sources=bench.sources,
+                    num_tokens=bench.loaded.tokenizer.vocab_size)
+    sampling, plain = SamplingConfig(max_new_tokens=bench.config.max_new_tokens), None
+    for name, guessing in methods.items():
+        narrow = guessing and replace(guessing, draft=replace(guessing.draft, num_nodes=8))
+        report = Report()
+        found = [one.tokens for one in generate(replace(engine, guessing=narrow), prompts, sampling, report=report)]
+        plain = found if plain is None else plain
+        different = [i for i, (a, b) in enumerate(zip(plain, found, strict=True)) if a != b]
+        print(f"{name}: {len(found) - len(different)} of {len(found)} texts equal, "
+              f"{report.tokens / report.steps:.2f} tokens a forward pass", flush=True)
+        for i in different:
+            print(f"  prompt {i}, margin {margin(bench, prompts[i], plain[i], found[i]):.1e}", flush=True)
+
+
 def margin(bench: Bench, ids: list[int], plain: list[int], text: list[int]) -> float:
     """Difference of the two best logits where the texts part, from a full forward pass."""
     same = next((i for i, (a, b) in enumerate(zip(plain, text, strict=False)) if a != b), 0)
@@ -267,6 +286,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{len(prompts)} prompts ({long} too long for {config.slots} slots left out), {config.max_new_tokens} tokens "
           f"each; {jax.devices()[0].device_kind}", flush=True)
     bench = Bench(config, loaded, databases)
+    if config.check:
+        return check(bench, [ids for _, ids in prompts], methods)
     if config.peer:
         peer(bench.model, jax.tree.map(jnp.asarray, loaded.params), config.unstack)
     if len(methods) == 1:
