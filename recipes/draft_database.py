@@ -10,7 +10,9 @@ answers a 5-gram stands and keeps the 100,000 most common, seven continuations a
 
 Prompts come from sources (`PATH?text_field=question`, as in recipes.pretrain) or from JSONL with strings or messages.
 The answers are kept beside a model database in NAME.texts.jsonl as they come: a run that was killed goes on there, and
-with all of them written the database is built again in seconds. Left out: sampled answers; a corpus beyond memory.
+with all of them written the database is built again in seconds. SmolLM2-135M answers 219 prompts with 38.5 k tokens in
+26 minutes on 2 cores that also ran tests; a corpus of 9.25 M tokens takes 53 s and 74 MB. Left out: sampled answers; a
+corpus beyond memory.
 """
 
 import hashlib

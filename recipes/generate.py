@@ -11,8 +11,8 @@ it stopped. Sample s of prompt p draws with seed `sampling.seed + p * num_sample
 
 `--drafting` guesses tokens and verifies several in one forward pass: `pld` (Saxena 2023), `lookahead` (arXiv
 2402.02057), `rest` (2311.08252), `recycling` (2408.08696), `hierarchy` (2502.05609), or a small model with
-`--draft-source`. It changes the speed and not the text, up to rounding. Measured: docs/results.md. Left out: several
-devices.
+`--draft-source`. It changes the speed and not the text, up to rounding. SmolLM2-135M on 2 cores writes 17 to 24
+tokens/s alone and 115 in a batch of 8; what guesses gain is in docs/results.md. Left out: several devices.
 """
 
 import hashlib

@@ -216,7 +216,7 @@ def _window_step(model, params, state: DecodeState, draft: Draft, max_depth: int
     drafting = drafting._replace(pool=insert(drafting.pool, keys, values, valid), window=window, age=drafting.age + 1)
     path = jnp.where(verdict.path > 0, verdict.path - extra, 0)
     logits = jnp.concatenate((verdict.logits[:, :1], verdict.logits[:, extra + 1:]), axis=1)
-    return _learn(state._replace(drafting=drafting), draft, Verdict(logits, path, verdict.count), live, before)
+    return _learn(state._replace(drafting=drafting), draft, Verdict(logits, path), live, before)
 
 
 def _draft_model_step(model, params, state: DecodeState, sources, guessing, num_tokens) -> DecodeState:

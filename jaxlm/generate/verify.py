@@ -23,7 +23,6 @@ class Verdict(NamedTuple):
 
     logits: jax.Array    # [B, R + 1, V] float32, after every node
     path: jax.Array      # [B, D] int32, numbers of the right guesses from the root on; 0 behind them
-    count: jax.Array     # [B] int32, tokens that became text: right guesses, and one more
 
 
 def plain_step(model: Model, params: Any, state: DecodeState, num_tokens: int | None = None) -> DecodeState:
@@ -60,7 +59,7 @@ def verify(
     state, count = _extend(state, choice, path)
     cache = keep_path(out.cache, state.cache.length, path) if max_depth else out.cache
     state = state._replace(cache=cache._replace(length=state.length - 1), accepted=_credit(state, draft, path, count))
-    return state, Verdict(out.logits, path, count)
+    return state, Verdict(out.logits, path)
 
 
 def _history(state: DecodeState, nodes: jax.Array, sees: jax.Array | None, vocab_size: int) -> Seen:
