@@ -178,10 +178,11 @@ def settings_of(config: Config, opened: Pretrained, asks: Sequence[Ask]) -> dict
     """What decides the lines of an output, by the names of the flags."""
     prompts = json.dumps([(ask.number, ask.sample, ask.prompt.id, ask.ids, flags.to_json(ask.sampling))
                           for ask in asks])
-    return {
-        "prompts": hashlib.sha256(prompts.encode()).hexdigest()[:16], "tokenizer": opened.tokenizer.fingerprint()[:16],
+    return {  # the prompts last: they change with the settings, whose names say more
+        "tokenizer": opened.tokenizer.fingerprint()[:16],
         **{name: getattr(config, name) for name in ("num_samples", "logprobs", "dtype", "cache_dtype", "quantize")},
-        **{f"sampling.{name}": value for name, value in flags.to_json(config.sampling).items()}}
+        **{f"sampling.{name}": value for name, value in flags.to_json(config.sampling).items()},
+        "prompts": hashlib.sha256(prompts.encode()).hexdigest()[:16]}
 
 
 def line_of(ask: Ask, one: Completion, logprobs: bool) -> dict[str, Any]:
