@@ -33,7 +33,7 @@ import numpy as np
 from jaxlm.core import config as flags
 from jaxlm.generate.costs import step_costs
 from jaxlm.generate.databases import load_database
-from jaxlm.generate.decode import complete, decode, step_width
+from jaxlm.generate.decode import complete, decode, pad, step_width
 from jaxlm.generate.draft import propose
 from jaxlm.generate.draft_sources import Databases
 from jaxlm.generate.engine import Engine, Report, generate
@@ -105,9 +105,8 @@ class Bench:
         greedy = make_settings([SamplingConfig()], self.model.config.vocab_size)
         state = init_state(self.model, greedy, limit=jnp.array([limit]), stop_ids=jnp.full((1, 1), -1), slots=slots,
                            num_sources=len(LETTERS))
-        tokens = np.zeros((1, 1 << (len(ids) - 1).bit_length()), np.int32)
-        tokens[0, :len(ids)] = ids
-        return jax.block_until_ready(self._prefill(self.model, self.params, state, tokens, np.array([len(ids)])))
+        tokens, mask = pad([ids], 1 << (len(ids) - 1).bit_length())
+        return jax.block_until_ready(self._prefill(self.model, self.params, state, tokens, mask.sum(axis=1)))
 
     def run(self, state: DecodeState, guessing: Guessing | None) -> tuple[DecodeState, float]:
         """The state at the end of the text, and the seconds of decoding it."""

@@ -52,12 +52,14 @@ def step_width(guessing: Guessing | None) -> int:
     return 1 + nodes + (guessing.window * guessing.draft.depth - 1 if guessing.window else 0)
 
 
-def pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Ragged prompts as `tokens [B, P]` and `mask [B, P]` (1 for a token), int32: `pad([[5, 6], [7]])` is
-    `([[5, 6], [7, 0]], [[1, 1], [1, 0]])`. Raises ValueError for an empty prompt."""
+def pad(prompts: Sequence[Sequence[int]], width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Ragged prompts as `tokens [B, P]` and `mask [B, P]` (1 for a token), int32; P is `width` or the longest prompt.
+
+    `pad([[5, 6], [7]])` is `([[5, 6], [7, 0]], [[1, 1], [1, 0]])`. Raises ValueError for an empty prompt.
+    """
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("every prompt needs at least one token")
-    tokens = np.zeros((len(prompts), max(map(len, prompts))), np.int32)
+    tokens = np.zeros((len(prompts), width or max(map(len, prompts))), np.int32)
     mask = np.zeros_like(tokens)
     for row, prompt in enumerate(prompts):
         tokens[row, :len(prompt)], mask[row, :len(prompt)] = prompt, 1

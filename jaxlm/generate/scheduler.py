@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.generate.decode import decode, step_width
+from jaxlm.generate.decode import decode, pad, step_width
 from jaxlm.generate.settings import SamplingConfig, make_settings
 from jaxlm.generate.speculative import Guessing, Sources, start_guessing
 from jaxlm.generate.state import DecodeState, init_state, prefill, put_rows, take_rows, widen
@@ -170,11 +170,9 @@ class Scheduler:
         prompts = distinct + distinct[:1] * (rows - len(distinct))
         rest = [prompt[len(self.shared):] for prompt in prompts]
         width = min(_power(max(map(len, rest)), MIN_PROMPT), self.model.config.max_positions)
-        tokens = np.zeros((rows, width), np.int32)
-        for row, ids in zip(tokens, rest, strict=True):
-            row[:len(ids)] = ids
+        tokens, mask = pad(rest, width)
         state = self._call("widen", _widen, self._begin(rows), slots=len(self.shared) + width)
-        state = self._call("prefill", _prefill, self.model, self.params, state, tokens, np.array([*map(len, rest)]))
+        state = self._call("prefill", _prefill, self.model, self.params, state, tokens, mask.sum(axis=1))
         self.report.prompt_tokens += sum(len(row.request.ids) for row in taken)
         self.report.prefilled_tokens += sum(map(len, rest[:len(distinct)]))
         state = self._call("take", _take, state, np.array([distinct.index(request.ids) for request in requests]))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.generate.draft import Draft, DraftConfig, acceptance_rates, draft_depth, init_counts, observe, propose
-from jaxlm.generate.draft_sources import Databases, init_matrix, init_pool, insert, observe_topk
+from jaxlm.generate.draft_sources import Databases, init_matrix, init_pool, insert, last_tokens, observe_topk
 from jaxlm.generate.sampling import choose
 from jaxlm.generate.state import DecodeState
 from jaxlm.generate.verify import Verdict, verify
@@ -151,15 +151,15 @@ def _at_width(model, params, draft: Draft, width: int, max_depth: int, num_token
     part = Draft(*(x[:, :width] for x in draft))
 
     def step(state: DecodeState) -> DecodeState:
-        live = ~state.done[:, None]
-        before = state.tokens, state.length
+        live, root = ~state.done[:, None], last_tokens(state.tokens, state.length)[:, None]
         state, verdict = verify(model, params, state, part, max_depth, num_tokens)
-        return _learn(state, part, verdict, live, before)
+        return _learn(state, part, verdict, live, root)
 
     return step
 
 
-def _learn(state: DecodeState, draft: Draft, verdict: Verdict, live: jax.Array, before: tuple) -> DecodeState:
+def _learn(state: DecodeState, draft: Draft, verdict: Verdict, live: jax.Array, root: jax.Array) -> DecodeState:
+    """What a step found out about its guesses; `live` and `root` [B, 1] are of before the step."""
     learned, width = state.learned, draft.tokens.shape[1]
     learned = learned._replace(counts=learned.counts * MEMORY)
     if width:
@@ -168,8 +168,6 @@ def _learn(state: DecodeState, draft: Draft, verdict: Verdict, live: jax.Array, 
         verified = jnp.broadcast_to(live & (draft.sources >= 0), accepted.shape)
         learned = learned._replace(counts=observe(learned.counts, draft, verified, accepted & live))
     if learned.successors is not None:
-        tokens, length = before
-        root = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)
         nodes = jnp.concatenate((root, draft.tokens), axis=1)
         valid = live & jnp.pad(draft.sources >= 0, ((0, 0), (1, 0)), constant_values=True)
         top = jax.lax.top_k(verdict.logits, SUCCESSORS)[1]
@@ -189,7 +187,7 @@ def _window_step(model, params, state: DecodeState, draft: Draft, max_depth: int
         b0   b1   b2       n-grams R b0 new0, a1 b1 new1, a2 b2 new2
     """
     drafting, live = state.drafting, ~state.done[:, None]
-    before = state.tokens, state.length
+    root = last_tokens(state.tokens, state.length)[:, None]
     rows, columns = drafting.window.shape[1:]
     extra = rows * columns - 1
     batch = state.done.shape[0]
@@ -203,20 +201,19 @@ def _window_step(model, params, state: DecodeState, draft: Draft, max_depth: int
         jnp.concatenate((whole(parents), moved), axis=1), jnp.concatenate((whole(depths), draft.depths), axis=1),
         jnp.concatenate((whole(jnp.full(extra, -2)), draft.sources), axis=1),
         jnp.concatenate((jnp.zeros((batch, extra)), draft.values), axis=1))
-    root = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)
     state, verdict = verify(model, params, state, both, max_depth, num_tokens)
     new = jnp.argmax(verdict.logits[:, extra + 1 - columns: extra + 1, :num_tokens], axis=-1).astype(jnp.int32)
-    window = drafting.window.at[:, 0, 0].set(root[:, 0])
-    keys = window[:, 0]
-    values = jnp.concatenate((window[:, 1:], new[:, None]), axis=1).transpose(0, 2, 1)
+    keys = drafting.window[:, 0].at[:, 0].set(root[:, 0])
+    below = jnp.concatenate((drafting.window[:, 1:], new[:, None]), axis=1)  # each row moves up, the first leaves
     # A column holds what the model made of it only after as many steps as there are rows.
     valid = jnp.broadcast_to(live & (drafting.age[:, None] >= rows - 1), keys.shape)
-    first = jnp.pad(window[:, 1, 1:], ((0, 0), (1, 0))) if rows > 1 else jnp.pad(new[:, 1:], ((0, 0), (1, 0)))
-    window = jnp.concatenate((first[:, None], window[:, 2:], new[:, None]), axis=1) if rows > 1 else first[:, None]
-    drafting = drafting._replace(pool=insert(drafting.pool, keys, values, valid), window=window, age=drafting.age + 1)
+    # One column to the left; the first token of the new first row is not used.
+    window = jnp.concatenate((jnp.pad(below[:, :1, 1:], ((0, 0), (0, 0), (1, 0))), below[:, 1:]), axis=1)
+    drafting = drafting._replace(pool=insert(drafting.pool, keys, below.transpose(0, 2, 1), valid), window=window,
+                                 age=drafting.age + 1)
     path = jnp.where(verdict.path > 0, verdict.path - extra, 0)
     logits = jnp.concatenate((verdict.logits[:, :1], verdict.logits[:, extra + 1:]), axis=1)
-    return _learn(state._replace(drafting=drafting), draft, Verdict(logits, path), live, before)
+    return _learn(state._replace(drafting=drafting), draft, Verdict(logits, path), live, root)
 
 
 def _draft_model_step(model, params, state: DecodeState, sources, guessing, num_tokens) -> DecodeState:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.generate.draft import Draft, ancestors
+from jaxlm.generate.draft_sources import last_tokens
 from jaxlm.generate.sampling import Choice, Seen, choose, count_tokens, needs_history
 from jaxlm.generate.state import DecodeState, put
 from jaxlm.model.cache import keep_path
@@ -46,7 +47,7 @@ def verify(
       max_depth: D, of the nodes that can be accepted.
       num_tokens: ids from here on belong to no token (padded vocabulary) and are never chosen.
     """
-    root = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)
+    root = last_tokens(state.tokens, state.length)[:, None]
     # An id outside the vocabulary is never right; fed as it is, its NaN would reach other nodes through the cache.
     nodes = jnp.concatenate((root, jnp.clip(draft.tokens, 0, model.config.vocab_size - 1)), axis=1)
     depths = jnp.pad(jnp.minimum(draft.depths, max_depth), ((0, 0), (1, 0)))
