@@ -30,8 +30,7 @@ def attention(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, q_segments: jax.Array | None = None,
     kv_segments: jax.Array | None = None, q_positions: jax.Array | None = None,
     kv_positions: jax.Array | None = None, q_offset: jax.Array | int = 0, causal: bool = True,
-    window: int | None = None, mask: jax.Array | None = None, scale: float | None = None, backend: str = "auto",
-    query_chunk: int | None = None,
+    window: int | None = None, scale: float | None = None, backend: str = "auto", query_chunk: int | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention; query head n reads key-value head `n // (N / K)`.
 
@@ -57,7 +56,6 @@ def attention(
       q_offset: index of the first query among the keys, as in decoding with a cache; may be traced.
       causal: a query sees the keys at or before its own index.
       window: keys are seen if `q_position - k_position < window`; without `causal`, `|difference| < window`.
-      mask: [B, T, S] bool: a query sees only keys where it is true; in decoding it says everything.
       scale: of the scores; None is `H ** -0.5`.
       backend: see `resolve_backend`.
       query_chunk: xla only: queries are taken this many at a time and recomputed in the backward pass, so that
@@ -70,10 +68,8 @@ def attention(
       ValueError: shapes or types that do not fit, or a backend that cannot compute this exactly.
     """
     _check(q_BTNH, k_BSKH, v_BSKH, q_segments, kv_segments, q_positions, kv_positions, window, query_chunk)
-    if mask is not None and mask.shape != (*q_BTNH.shape[:2], k_BSKH.shape[1]):
-        raise ValueError(f"mask must be [B, T, S] {(*q_BTNH.shape[:2], k_BSKH.shape[1])}, got {mask.shape}")
     num_queries, num_keys = q_BTNH.shape[1], k_BSKH.shape[1]
-    offset = q_offset if isinstance(q_offset, int) and mask is None else None
+    offset = q_offset if isinstance(q_offset, int) else None
     shards = context_shards() if offset == 0 and num_queries == num_keys else 1
     name = resolve_backend(
         backend, platform=current_platform(), dtype=str(q_BTNH.dtype), head_dim=q_BTNH.shape[3], q_len=num_queries,
@@ -82,7 +78,7 @@ def attention(
     if window is None:
         q_positions = kv_positions = None
     call = Call(
-        Labels(q_offset + jnp.arange(num_queries)[None], q_segments, q_positions, mask),
+        Labels(q_offset + jnp.arange(num_queries)[None], q_segments, q_positions),
         Labels(jnp.arange(num_keys)[None], kv_segments, kv_positions),
         offset, causal, window, q_BTNH.shape[3] ** -0.5 if scale is None else scale, query_chunk, shards)
     return BACKENDS[name].compute(q_BTNH, k_BSKH, v_BSKH, call)

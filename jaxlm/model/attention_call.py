@@ -18,7 +18,6 @@ class Labels(NamedTuple):
     index: jax.Array              # [1, T] slot in the row
     segments: jax.Array | None    # [B, T]
     positions: jax.Array | None   # [B, T]; None: the index
-    sees: jax.Array | None = None  # [B, T, S] bool, of queries: the keys that each sees, if all else allows it
 
 
 class Call(NamedTuple):
@@ -62,8 +61,6 @@ def visible(q: Labels, kv: Labels, causal: bool, window: int | None) -> jax.Arra
         of_q, of_kv = (x.index if x.positions is None else x.positions for x in (q, kv))
         distance = of_q[:, :, None] - of_kv[:, None, :]
         terms.append((distance if causal else jnp.abs(distance)) < window)
-    if q.sees is not None:
-        terms.append(q.sees)
     return functools.reduce(jnp.logical_and, terms) if terms else None
 
 

@@ -1,6 +1,7 @@
 """Attention as products and a softmax that XLA compiles for any device. Run on CPU; written for all."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +23,8 @@ def xla(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, call: Call) -> 
 def _one_device(q_BTNH, k_BSKH, v_BSKH, call: Call, table: None = None) -> jax.Array:
     num_queries, num_keys = q_BTNH.shape[1], k_BSKH.shape[1]
     if call.query_chunk is not None and call.query_chunk < num_queries:
-        return _chunked(q_BTNH, k_BSKH, v_BSKH, call)
+        return by_chunks(lambda q_BTNH, q: _attend(q_BTNH, k_BSKH, v_BSKH, q, call.kv, call), q_BTNH, call.q,
+                         call.query_chunk)
     # Under context parallelism all devices wait for the last one, whose queries see nearly every key: cutting the
     # square into blocks would shorten no step.
     if not call.causal or call.offset is None or num_queries < 32 * NUM_BLOCKS:
@@ -68,18 +70,19 @@ def _attend(q_BTNH, k_BSKH, v_BSKH, q: Labels, kv: Labels, call: Call) -> jax.Ar
     return y.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def _chunked(q_BTNH, k_BSKH, v_BSKH, call: Call) -> jax.Array:
-    """`query_chunk` queries at a time; the last chunk is filled up and its surplus cut off."""
-    num_queries, size = q_BTNH.shape[1], call.query_chunk
+def by_chunks(attend: Callable[[jax.Array, Any], jax.Array], q_BTNH: jax.Array, labels: Any, size: int) -> jax.Array:
+    """`attend(queries, labels)` of `size` queries at a time; the last chunk is filled up and its surplus cut off.
+
+    Each chunk is computed again in the backward pass. `labels`: a tree of arrays whose axis 1 is that of the queries.
+    """
+    num_queries = q_BTNH.shape[1]
     num_chunks = -(-num_queries // size)
 
     def split(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, ((0, 0), (0, num_chunks * size - num_queries)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(x.shape[0], num_chunks, size, *x.shape[2:]), 1, 0)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)  # a loop body is not merged with its recomputation
-    def one(chunk: tuple[jax.Array, Labels]) -> jax.Array:
-        return _attend(chunk[0], k_BSKH, v_BSKH, chunk[1], call.kv, call)
-
-    y = jnp.moveaxis(jax.lax.map(one, jax.tree.map(split, (q_BTNH, call.q))), 0, 1)
+    # A loop body is not merged with its recomputation, so the barrier against that is left out.
+    one = functools.partial(jax.checkpoint, prevent_cse=False)(lambda chunk: attend(*chunk))
+    y = jnp.moveaxis(jax.lax.map(one, jax.tree.map(split, (q_BTNH, labels))), 0, 1)
     return y.reshape(y.shape[0], num_chunks * size, *y.shape[3:])[:, :num_queries]

@@ -39,36 +39,26 @@ def init_cache(config: ModelConfig, batch: int, slots: int, dtype: CacheDtype = 
     return Cache(empty, empty, length, scale, scale)
 
 
-def with_new(layer: Cache, k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of one layer of a cache (leaves without L) and of T new tokens, [B, S + T, K, H] each.
+def stored(cache: Cache, k_BTKH: jax.Array, v_BTKH: jax.Array) -> Cache:
+    """Keys and values of T new tokens of one layer as `cache` holds them: a cache of T slots, leaves without L.
 
-    The new ones are rounded as they will be stored: what a token sees must not depend on how many were fed at once.
+    What a token sees must not depend on how many were fed at once, so the new ones see each other in this form.
     """
-    def both(stored: jax.Array, scale: jax.Array | None, new: jax.Array) -> jax.Array:
-        new = new.transpose(0, 2, 1, 3)
-        if scale is not None:
-            stored = stored.astype(jnp.float32) * scale[..., None]
-            numbers, scale = quantize_vectors(new)
-            new = (numbers.astype(jnp.float32) * scale[..., None]).astype(new.dtype)
-        elif stored.dtype == jnp.bfloat16:
-            new = jax.lax.reduce_precision(new, 8, 7)  # two casts might be optimised away
-        whole = jnp.concatenate((stored.astype(new.dtype), new), axis=2)
-        return whole.transpose(0, 2, 1, 3)  # a view: the products in attention take K before S again
-
-    return both(layer.k, layer.k_scale, k_BTKH), both(layer.v, layer.v_scale, v_BTKH)
-
-
-def append(cache: Cache, k: jax.Array, v: jax.Array) -> Cache:
-    """The cache with T more tokens in every row, [L, B, T, K, H] each, of all layers; what finds no slot is dropped."""
-    length = cache.length
-    k, v = (x.transpose(0, 1, 3, 2, 4) for x in (k, v))
+    k, v = (x.transpose(0, 2, 1, 3) for x in (k_BTKH, v_BTKH))
     if cache.k_scale is None:
-        cache = cache._replace(k=_put(cache.k, length, k), v=_put(cache.v, length, v))
-    else:
-        (k, k_scale), (v, v_scale) = quantize_vectors(k), quantize_vectors(v)
-        cache = Cache(_put(cache.k, length, k), _put(cache.v, length, v), length,
-                      _put(cache.k_scale, length, k_scale), _put(cache.v_scale, length, v_scale))
-    return cache._replace(length=length + k.shape[3])
+        if cache.k.dtype == jnp.bfloat16:  # rounded first: a cast and its way back might be optimised away
+            k, v = (jax.lax.reduce_precision(x, 8, 7) for x in (k, v))
+        return cache._replace(k=k.astype(cache.k.dtype), v=v.astype(cache.v.dtype))
+    (k, k_scale), (v, v_scale) = quantize_vectors(k), quantize_vectors(v)
+    return Cache(k, v, cache.length, k_scale, v_scale)
+
+
+def append(cache: Cache, new: Cache) -> Cache:
+    """The cache with T more tokens in every row, of all layers; what finds no slot is dropped. `new`: see `stored`."""
+    length = cache.length
+    put = lambda old, new: None if old is None else _put(old, length, new)
+    return Cache(put(cache.k, new.k), put(cache.v, new.v), length + new.k.shape[3],
+                 put(cache.k_scale, new.k_scale), put(cache.v_scale, new.v_scale))
 
 
 def keep_path(cache: Cache, start: jax.Array, nodes: jax.Array) -> Cache:
@@ -96,7 +86,6 @@ def _put(x_LBKS: jax.Array, start_B: jax.Array, new_LBKT: jax.Array) -> jax.Arra
     place. On a mesh as a scatter, since a loop over rows that are split would gather them.
     """
     slots, count = x_LBKS.shape[3], new_LBKT.shape[3]
-    new_LBKT = new_LBKT.astype(x_LBKS.dtype)
     # A window that would pass the end begins earlier, and keeps what lies before the row's start.
     first_B = jnp.minimum(start_B, slots - count)
     late_B = start_B - first_B

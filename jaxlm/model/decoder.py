@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from jaxlm.core.mesh import constrain, split_axes
 from jaxlm.model.attention import attention
-from jaxlm.model.cache import Cache, append, cached_view, with_new
+from jaxlm.model.attention_cached import cached_attention
+from jaxlm.model.cache import Cache, append, cached_view, stored
 from jaxlm.model.config import ComputeConfig, ModelConfig
 from jaxlm.model.layers import MLP, PRODUCT, Embedding, Linear, RMSNorm, rope_tables, rotate
 from jaxlm.model.partition import activations
@@ -47,7 +48,7 @@ class Context(NamedTuple):
 class SelfAttention(nn.Module):
     """Queries, keys, values, rotary positions, attention, output projection.
 
-    With a cache (of this layer) the tokens see it and each other, and their keys and values are returned: it is not
+    With a cache (of this layer) the tokens see it and each other, and their own slots of it are returned: it is not
     written to layer by layer.
     """
 
@@ -70,18 +71,17 @@ class SelfAttention(nn.Module):
             k_BTKH = RMSNorm(c.norm_eps, c.norm_offset, dtype, name="key_norm")(k_BTKH)
         q_BTNH = rotate(q_BTNH, context.cos, context.sin)
         k_BTKH = rotate(k_BTKH, context.cos, context.sin)
-        chunk = self.compute.query_chunk
+        new, chunk = None, self.compute.query_chunk
         if cache is None:
             y_BTNH = attention(
                 q_BTNH, k_BTKH, v_BTKH, q_segments=context.segments, kv_segments=context.segments,
                 q_positions=context.positions, kv_positions=context.positions, window=c.window,
                 backend=self.compute.attention, query_chunk=chunk)
         else:
-            k_BSKH, v_BSKH = with_new(cache, k_BTKH, v_BTKH)
-            y_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, causal=False, mask=context.mask, backend="xla",
-                               query_chunk=chunk)
+            new = stored(cache, k_BTKH, v_BTKH)
+            y_BTNH = cached_attention(q_BTNH, cache, new, context.mask, query_chunk=chunk)
         out = Linear((c.num_heads, c.head_dim), (c.d_model,), c.init_std, dtype, split_inputs=True, name="out")
-        return out(constrain(y_BTNH, layout)), None if cache is None else (k_BTKH, v_BTKH)
+        return out(constrain(y_BTNH, layout)), new
 
 
 class Block(nn.Module):
@@ -103,9 +103,9 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Everything but the vocabulary product: tokens [B, T] to hidden states [B, T, D], new keys and values or None.
+    """Everything but the vocabulary product: tokens [B, T] to hidden states [B, T, D], and their slots of a cache.
 
-    The latter are [L, B, T, K, H] each; `cache` holds the leaves of a cache that begin with the layers. `stack`:
+    Caches come and go as the leaves that begin with the layers; without one the slots are None. `stack`:
     parameters layer by layer (`unstack`), which then are not read from this module's own.
     """
 
@@ -192,15 +192,15 @@ class Model:
         else:
             at, mask = cached_view(cache, tokens.shape[1], tree, self.config.window)
             context = Context(*rope_tables(at, self.config), None, None, mask)
-        stored = None if cache is None else cache._replace(length=None)
+        known = None if cache is None else cache._replace(length=None)
         decoder, stack = Decoder(self.config, self.compute), params["layers"]
         if isinstance(stack, tuple):
             rest = {name: part for name, part in params.items() if name != "layers"}
-            hidden, new = decoder.apply({"params": rest}, tokens, stored, context, stack)
+            hidden, new = decoder.apply({"params": rest}, tokens, known, context, stack)
         else:
-            hidden, new = decoder.apply({"params": params}, tokens, stored, context)
+            hidden, new = decoder.apply({"params": params}, tokens, known, context)
         if cache is not None:
-            cache = append(cache, *new)
+            cache = append(cache, new)
         return Output(self._logits(params, hidden) if logits else None, hidden, cache)
 
     def _logits(self, params, hidden_BTD) -> jax.Array:
