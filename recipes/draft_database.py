@@ -33,8 +33,9 @@ from jaxlm.core.log import setup_logging
 from jaxlm.data.sources import find_files, open_source, parse_source
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.generate.databases import build_corpus, build_model_table, save_database
-from jaxlm.generate.engine import Engine, EngineConfig, Report, serve
+from jaxlm.generate.engine import Engine, EngineConfig, serve
 from jaxlm.generate.prompts import Prompt, Reader, read_prompts
+from jaxlm.generate.requests import Report
 from jaxlm.generate.results import Pace, Results, check_settings, weights_mark
 from jaxlm.generate.settings import SamplingConfig
 from jaxlm.model.config import ComputeConfig

@@ -34,11 +34,11 @@ from jaxlm.generate.costs import step_costs
 from jaxlm.generate.databases import load_database
 from jaxlm.generate.draft import DraftConfig
 from jaxlm.generate.draft_sources import Databases
-from jaxlm.generate.engine import Engine, EngineConfig, Report, serve
+from jaxlm.generate.engine import Engine, EngineConfig, serve
 from jaxlm.generate.methods import METHODS, adapted, missing_database
 from jaxlm.generate.prompts import Ask, Prompt, Reader, make_asks, read_lines, read_prompts
+from jaxlm.generate.requests import Completion, Report
 from jaxlm.generate.results import Pace, Results, check_settings, weights_mark
-from jaxlm.generate.scheduler import Completion
 from jaxlm.generate.settings import SamplingConfig
 from jaxlm.generate.speculative import Guessing, Sources
 from jaxlm.model.cache import CacheDtype

@@ -16,7 +16,7 @@ from jaxlm.generate.decode import decode
 from jaxlm.generate.draft import DraftConfig
 from jaxlm.generate.engine import Engine, EngineConfig, generate, serve, stream
 from jaxlm.generate.methods import METHODS
-from jaxlm.generate.scheduler import Completion, Piece, Report
+from jaxlm.generate.requests import Completion, Piece, Report, Turn
 from jaxlm.generate.settings import SamplingConfig
 from jaxlm.generate.speculative import Guessing, Sources, start_guessing
 from jaxlm.generate.state import init_state, prefill, put_rows, take_rows, widen
@@ -223,6 +223,67 @@ def test_guessing_changes_the_speed_only(name):
         assert 0 <= sum(one.accepted.values()) + one.steps - len(one.tokens) <= 1
     assert report.accepted == {n: sum(one.accepted[n] for one in found) for n in guessing.source_names()}
     assert "guessed right" in report.line()
+
+
+# --- answers
+
+
+def answers(turns, lengths):
+    """A `respond` that answers every text of prompt p `turns[p]` times; the texts, with what stood before each."""
+    known, spoken = [list(prompt) for prompt in PROMPTS], [[] for _ in PROMPTS]
+
+    def respond(one):
+        spoken[one.prompt].append((list(known[one.prompt]), one))
+        number = len(spoken[one.prompt])
+        if number > turns[one.prompt]:
+            return None
+        ids = [(one.prompt + 3 * number + i) % V for i in range(1 + 9 * (number % 2) + one.prompt)]
+        known[one.prompt] += one.tokens + ids
+        return Turn(ids, lengths[one.prompt])
+
+    return respond, spoken
+
+
+@pytest.mark.parametrize("name", [None, "context"])
+def test_an_answered_text_goes_on_as_the_whole_conversation_would(name):
+    """Rows are answered at different times, some never, some are refilled; a text may end by a stop id."""
+    turns, lengths = (2, 0, 1, 3, 1, 2), (6, 3, 9, 1, 8, 12)
+    count, guessing = (6, None) if name is None else (4, GUESSINGS[name])
+    respond, spoken = answers(turns, lengths)
+    report = Report()
+    found = list(serve(engine(guessing=guessing), PROMPTS[:count], SETTINGS[:count], respond=respond, budget=110,
+                       report=report))
+    assert len(found) == count + sum(turns[:count])
+    assert report.tokens == sum(len(one.tokens) for one in found)
+    asked = [(prompt, number) for prompt in range(count) for number in range(turns[prompt] + 1)]
+    alone = generate(
+        engine(), [spoken[prompt][number][0] for prompt, number in asked],
+        [replace(SETTINGS[prompt], max_new_tokens=lengths[prompt]) if number else SETTINGS[prompt]
+         for prompt, number in asked])
+    for (prompt, number), expected in zip(asked, alone, strict=True):
+        one = spoken[prompt][number][1]
+        assert (one.tokens, one.reason) == (expected.tokens, expected.reason)
+        np.testing.assert_allclose(one.logprobs, expected.logprobs, atol=2e-5)
+        assert guessing or one.steps == len(one.tokens)
+
+
+def test_an_answer_follows_a_stop_string_and_not_what_was_written_behind_it():
+    sampling = SamplingConfig(max_new_tokens=30, temperature=1.0, seed=4)
+    model = build(replace(CONFIG, vocab_size=260))
+    writer, prompt = engine(model=model, params=params_of(0, model), tokenizer=ByteTokenizer()), list(b"ab")
+    first, = generate(writer, [prompt], sampling)
+    sampling = replace(sampling, stop_strings=(first.text[4:6],))
+    turns = [Turn(list(b"xyz"), 5), None]
+    cut, after = serve(writer, [prompt], sampling, respond=lambda one: turns.pop(0), budget=60)
+    assert cut.reason == "stop_string" and len(cut.tokens) < len(first.tokens)
+    alone, = generate(writer, [prompt + cut.tokens + list(b"xyz")], replace(sampling, max_new_tokens=5))
+    assert after.tokens == alone.tokens
+
+
+def test_an_answer_beyond_the_budget_is_refused():
+    with pytest.raises(ValueError, match="pass the budget of 12 tokens by 3"):
+        list(serve(engine(), [[1, 2]], SamplingConfig(max_new_tokens=5), respond=lambda one: Turn([1] * 4, 6),
+                   budget=12))
 
 
 # --- several devices

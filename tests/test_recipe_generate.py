@@ -16,9 +16,9 @@ from jaxlm.data.chat_template import CHATML, ChatTemplate
 from jaxlm.generate import console
 from jaxlm.generate.console import show
 from jaxlm.generate.databases import build_corpus, build_model_table, save_database
-from jaxlm.generate.engine import Report
 from jaxlm.generate.methods import METHODS
 from jaxlm.generate.prompts import Prompt, Reader, make_asks
+from jaxlm.generate.requests import Report
 from jaxlm.generate.settings import SamplingConfig
 from jaxlm.model.quantize import Quantized
 from recipes import generate

@@ -36,9 +36,10 @@ from jaxlm.generate.databases import load_database
 from jaxlm.generate.decode import complete, decode, pad, step_width
 from jaxlm.generate.draft import propose
 from jaxlm.generate.draft_sources import Databases
-from jaxlm.generate.engine import Engine, Report, generate
+from jaxlm.generate.engine import Engine, generate
 from jaxlm.generate.methods import METHODS, adapted, missing_database
 from jaxlm.generate.prompts import Prompt, Reader
+from jaxlm.generate.requests import Report
 from jaxlm.generate.settings import SamplingConfig, make_settings
 from jaxlm.generate.speculative import Guessing, Sources, start_guessing
 from jaxlm.generate.state import DecodeState, init_state, prefill

@@ -3,9 +3,9 @@
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 
-from jaxlm.generate.engine import Engine, Report, serve
+from jaxlm.generate.engine import Engine, serve
 from jaxlm.generate.prompts import Ask, Prompt, Reader, make_asks
-from jaxlm.generate.scheduler import Piece
+from jaxlm.generate.requests import Piece, Report
 from jaxlm.generate.settings import SamplingConfig
 
 log = logging.getLogger(__name__)

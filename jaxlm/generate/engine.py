@@ -6,7 +6,8 @@ from typing import Any
 
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.generate.methods import missing_database
-from jaxlm.generate.scheduler import Completion, Piece, Report, Request, Scheduler
+from jaxlm.generate.requests import Completion, Piece, Report, Request, Respond
+from jaxlm.generate.scheduler import Scheduler
 from jaxlm.generate.settings import SamplingConfig, check_ids
 from jaxlm.generate.speculative import Guessing, Sources
 from jaxlm.model.cache import CacheDtype
@@ -76,7 +77,8 @@ def stream(
 
 def serve(
     engine: Engine, prompts: Sequence[Sequence[int]], sampling: SamplingConfig | Sequence[SamplingConfig], *,
-    num_samples: int = 1, pieces: bool = False, report: Report | None = None,
+    num_samples: int = 1, pieces: bool = False, respond: Respond | None = None, budget: int | None = None,
+    report: Report | None = None,
 ) -> Iterator[Completion | Piece]:
     """Completions as they are ready, each once.
 
@@ -85,24 +87,30 @@ def serve(
       sampling: for all prompts, or one each. Sample i of a prompt adds i to the seed; equal prompts with equal seeds
         get equal texts.
       pieces: also yield the texts while they grow.
+      respond: called with every completion; the `Turn` it returns is fed to the model behind the text, which then goes
+        on: what a tool or a user says. None ends the row. Each text of a row is a completion of its own.
+      budget: with respond, the tokens of all texts and answers of a row together; None: those of its first text.
       report: filled with what the call cost.
 
     Raises ValueError, before anything runs: an empty prompt, ids outside the vocabulary, a prompt that leaves no room
     for its text within the model's positions, settings that conflict.
     """
     each = [sampling] * len(prompts) if isinstance(sampling, SamplingConfig) else list(sampling)
-    _check(engine, prompts, each, num_samples, pieces)
+    if budget is not None and respond is None:
+        raise ValueError("budget has no effect without respond")
+    _check(engine, prompts, each, num_samples, pieces, budget or 0)
     requests = [
-        Request(number, sample, tuple(ids), replace(one, seed=one.seed + sample) if sample else one)
+        Request(number, sample, tuple(ids), replace(one, seed=one.seed + sample) if sample else one,
+                budget or one.max_new_tokens)
         for number, (ids, one) in enumerate(zip(prompts, each, strict=True)) for sample in range(num_samples)]
     report = Report() if report is None else report
     return Scheduler(
         engine.model, engine.params, requests, eos_id=engine.eos_id, tokenizer=engine.tokenizer, pieces=pieces,
         batch_size=engine.config.batch_size, cache_dtype=engine.config.cache_dtype, guessing=engine.guessing,
-        sources=engine.sources, num_tokens=engine.vocab_size(), report=report).run()
+        sources=engine.sources, num_tokens=engine.vocab_size(), report=report, respond=respond).run()
 
 
-def _check(engine: Engine, prompts, each, num_samples: int, pieces: bool) -> None:
+def _check(engine: Engine, prompts, each, num_samples: int, pieces: bool, budget: int) -> None:
     vocab_size, positions = engine.vocab_size(), engine.model.config.max_positions
     if vocab_size > engine.model.config.vocab_size:
         raise ValueError(f"wrong tokenizer: it has {vocab_size} tokens, the model {engine.model.config.vocab_size}")
@@ -122,9 +130,12 @@ def _check(engine: Engine, prompts, each, num_samples: int, pieces: bool) -> Non
             raise ValueError(f"prompt {number} is empty: it needs at least one token, for instance bos")
         if not all(0 <= i < vocab_size for i in ids):
             raise ValueError(f"prompt {number} has ids outside the vocabulary of {vocab_size}")
-        if len(ids) + one.max_new_tokens > positions:
+        if budget and one.max_new_tokens > budget:
+            raise ValueError(f"prompt {number}: max_new_tokens {one.max_new_tokens} is more than the budget {budget}")
+        name, count = ("budget", budget) if budget else ("max_new_tokens", one.max_new_tokens)
+        if len(ids) + count > positions:
             raise ValueError(
-                f"prompt {number} has {len(ids)} tokens: with max_new_tokens {one.max_new_tokens} that is more than "
+                f"prompt {number} has {len(ids)} tokens: with {name} {count} that is more than "
                 f"the {positions} positions of the model; shorten it or ask for fewer tokens")
         check_ids(one, vocab_size)
 

@@ -1,15 +1,15 @@
 """The loop on the host around `prefill` and `decode`: which request sits in which row, and when rows change.
 
-A row whose text has ended is refilled from the queue at once; without a queue the batch is halved as soon as half of it
-is done. Prompts are padded to powers of two and rows are widened by doubling: the few shapes that result are counted
-in `Report.programs`. What all prompts share at their beginning is prefilled once; samples of a prompt that are seated
-together share all of it.
+A row whose text has ended goes on with what `respond` answers, or is refilled from the queue; without a queue the batch
+is halved as soon as half of it is done. Prompts are padded to powers of two and rows are widened by doubling: the few
+shapes that result are counted in `Report.programs`. What all prompts share at their beginning is prefilled once;
+samples of a prompt that are seated together share all of it.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.generate.decode import decode, pad, step_width
+from jaxlm.generate.requests import Completion, Piece, Report, Request, Respond, Turn
 from jaxlm.generate.settings import SamplingConfig, make_settings
 from jaxlm.generate.speculative import Guessing, Sources, start_guessing
 from jaxlm.generate.state import DecodeState, init_state, prefill, put_rows, take_rows, widen
@@ -26,6 +27,7 @@ from jaxlm.model.decoder import Model
 
 MIN_PROMPT, MIN_SLOTS = 16, 128
 MIN_SHARED = 32    # tokens that make a common beginning worth a program of its own
+PATIENCE = 8       # one in so many rows may idle before the host answers or refills: each time costs a prefill
 CHUNK, PIECES = 32, 4  # steps between two looks from the host where it must look: for stop strings, for streaming
 
 _init = jax.jit(init_state, static_argnames=("model", "slots", "cache_dtype", "num_sources"))
@@ -34,60 +36,6 @@ _guess = jax.jit(start_guessing, static_argnames=("guessing", "model", "cache_dt
 _decode = jax.jit(decode, static_argnames=("model", "guessing", "num_tokens"), donate_argnames="state")
 _take, _put = jax.jit(take_rows), jax.jit(put_rows, donate_argnames="state")
 _widen = jax.jit(widen, static_argnames="slots")
-
-
-class Completion(NamedTuple):
-    """One text. Its tokens include the id that ended it; `text` does not, and is cut before a stop string."""
-
-    prompt: int                        # number of its prompt
-    sample: int                        # number among the samples of that prompt
-    tokens: list[int]
-    logprobs: list[float]              # see `sampling.Choice`
-    kept: list[float]
-    text: str | None                   # None without a tokenizer
-    reason: Literal["stop_id", "stop_string", "length"]
-    steps: int                         # forward passes, without the prompt; with those behind a stop string, which the
-                                       # device went on to write until the host saw it
-    accepted: dict[str, int]           # guesses that were right, by source; likewise
-
-
-class Piece(NamedTuple):
-    """Text of a row that no later token changes, while the row is being written."""
-
-    prompt: int
-    sample: int
-    text: str
-
-
-@dataclass
-class Report:
-    """What calls of the engine cost; adds up over calls."""
-
-    tokens: int = 0
-    prompt_tokens: int = 0             # of all requests
-    prefilled_tokens: int = 0          # of those, fed to the model: without what prompts and samples share
-    steps: int = 0                     # forward passes, summed over texts
-    seconds: float = 0.0
-    accepted: dict[str, int] = field(default_factory=dict)
-    programs: set[tuple] = field(default_factory=set)   # (name, shapes): so many compilations at most
-
-    def line(self) -> str:
-        """One line for people."""
-        sources = ", ".join(f"{name} {count / max(self.tokens, 1):.0%}" for name, count in self.accepted.items())
-        guessed = f" (guessed right: {sources})" if sources else ""
-        return (f"{self.tokens} tokens in {self.seconds:.1f} s, {self.tokens / max(self.seconds, 1e-9):.1f} tokens/s; "
-                f"{self.tokens / max(self.steps, 1):.2f} tokens a forward pass{guessed}; {self.prefilled_tokens} of "
-                f"{self.prompt_tokens} prompt tokens computed; {len(self.programs)} programs")
-
-
-@dataclass(frozen=True)
-class Request:
-    """One text to write."""
-
-    prompt: int
-    sample: int
-    ids: tuple[int, ...]
-    sampling: SamplingConfig
 
 
 @dataclass
@@ -107,18 +55,18 @@ class Scheduler:
     def __init__(
         self, model: Model, params: Any, requests: Sequence[Request], *, eos_id: int | None,
         tokenizer: Tokenizer | None, pieces: bool, batch_size: int, cache_dtype: CacheDtype,
-        guessing: Guessing | None, sources: Sources, num_tokens: int, report: Report,
+        guessing: Guessing | None, sources: Sources, num_tokens: int, report: Report, respond: Respond | None = None,
     ) -> None:
         self.model, self.params, self.eos_id, self.tokenizer = model, params, eos_id, tokenizer
         self.pieces, self.cache_dtype, self.guessing, self.sources = pieces, cache_dtype, guessing, sources
-        self.num_tokens, self.report = num_tokens, report
+        self.num_tokens, self.report, self.respond = num_tokens, report, respond
         self.names = guessing.source_names() if guessing else ()
         report.accepted = dict.fromkeys(self.names, 0) | report.accepted
         self.settings_of_all = [request.sampling for request in requests]
         self.num_stops = max((len(self._stop_ids(one)) for one in self.settings_of_all), default=0)
         self.looks = pieces or any(one.stop_strings for one in self.settings_of_all)
         self.stream = TextStream(tokenizer) if self.looks else None
-        self.capacity = max((len(one.ids) + one.sampling.max_new_tokens for one in requests), default=0)
+        self.capacity = max((len(one.ids) + one.budget for one in requests), default=0)
         self.capacity += step_width(guessing)
         self.shared = _shared_beginning([one.ids for one in requests])
         self.beginning: DecodeState | None = None  # a row that knows it
@@ -214,7 +162,7 @@ class Scheduler:
         if not ended and not self.looks:
             return
         texts = jax.device_get((state.tokens, state.logprobs, state.kept))
-        stopped = done.copy()
+        stopped, turns = done.copy(), []
         for i, row in enumerate(self.rows):
             if row is None:
                 continue
@@ -228,16 +176,51 @@ class Scheduler:
                 if self.pieces and text:
                     yield Piece(row.request.prompt, row.request.sample, text)
             if reason:
-                stopped[i], self.rows[i] = True, None
+                stopped[i] = True
                 self.report.tokens += count
                 self.report.steps += int(steps[i])
                 found = {name: int(n) for name, n in zip(self.names, accepted[i], strict=True)}
                 for name, n in found.items():
                     self.report.accepted[name] += n
-                yield Completion(row.request.prompt, row.request.sample, ids[:count], logprobs[:count], kept[:count],
-                                 self._text(row, ids[:count], reason), reason, int(steps[i]), found)
+                completion = Completion(
+                    row.request.prompt, row.request.sample, ids[:count], logprobs[:count], kept[:count],
+                    self._text(row, ids[:count], reason), reason, int(steps[i]), found)
+                turn = self.respond(completion) if self.respond else None
+                self.rows[i] = _Row(row.request) if turn else None
+                if turn:
+                    turns.append((i, int(start[i]) + count, turn))
+                yield completion
         if (stopped != done).any():
             self.state = self.state._replace(done=jnp.asarray(stopped))
+        if turns:
+            self._answer(turns)
+
+    def _answer(self, turns: Sequence[tuple[int, int, Turn]]) -> None:
+        """Rows go on behind their first `length` tokens with the ids of a turn: (row, length, turn)."""
+        size = self._round(_power(len(turns)))
+        turns = [*turns, *[(len(self.rows), 1, Turn([0], 0))] * (size - len(turns))]  # those go nowhere
+        rows, lengths = (np.array(x, np.int32) for x in list(zip(*turns, strict=True))[:2])
+        answers = [turn.ids for *_, turn in turns]
+        tokens, mask = pad(answers, _power(max(map(len, answers)), MIN_PROMPT))
+        ends = lengths + mask.sum(axis=1)
+        limits = ends + np.array([turn.max_new_tokens for *_, turn in turns], np.int32)
+        for row, limit in zip(rows, limits, strict=True):
+            request = self.rows[row].request if row < len(self.rows) else None
+            if request and limit > len(request.ids) + request.budget:
+                raise ValueError(f"an answer of prompt {request.prompt} and its max_new_tokens pass the budget of "
+                                 f"{request.budget} tokens by {limit - len(request.ids) - request.budget}")
+        self.state = self._widened(self._slots(int(lengths.max()) + tokens.shape[1]))
+        state = self._call("take", _take, self.state, np.minimum(rows, len(self.rows) - 1))
+        state = state._replace(length=lengths, limit=limits, cache=state.cache._replace(length=lengths - 1),
+                               steps=np.zeros_like(state.steps), accepted=np.zeros_like(state.accepted))
+        state = self._call("prefill", _prefill, self.model, self.params, state, tokens, mask.sum(axis=1))
+        if self.guessing:
+            state = self._call("guess", _guess, self.guessing, state, self.model, self.sources,
+                               cache_dtype=self.cache_dtype)
+        self.state = self._call("put", _put, self.state, rows, state)
+        answered = sum(len(turn.ids) for row, _, turn in turns if row < len(self.rows))
+        self.report.prompt_tokens += answered
+        self.report.prefilled_tokens += answered
 
     def _read(self, row: _Row, ids: list[int], reason: str | None) -> tuple[int, str]:
         """Reads on in a row: tokens up to a stop string (0: none) and the text that may be shown."""
@@ -280,8 +263,8 @@ class Scheduler:
     def _waiting(self) -> int:
         """The number of done rows at which something can be done: a refill, else to halve the batch if it divides."""
         size = len(self.rows)
-        if self.queue:
-            return 1
+        if self.queue or self.respond:
+            return min(sum(row is None for row in self.rows) + max(1, size // PATIENCE), size)
         return size - size // 2 if self._halves(size) else size
 
     def _halves(self, size: int) -> bool:
