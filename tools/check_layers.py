@@ -14,7 +14,7 @@ RANKS = {
     "rl": 3, "eval": 3,
 }
 # Optional extras may be imported where they are used; everything else stands at the top of its file.
-OPTIONAL = {"gguf", "torch", "transformers"}
+OPTIONAL = {"bm25s", "gguf", "pydantic_monty", "torch", "transformers"}
 FORBIDDEN = {"data": {"jax", "flax", "optax"}}  # loader workers stay light
 FLAX_HOME = "model"
 

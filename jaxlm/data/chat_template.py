@@ -26,6 +26,29 @@ CHATML = (
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
     "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+# ChatML with tools, for models that bring no template and learn to call them: the call syntax of Hermes and Qwen.
+HERMES = (
+    "{% if tools %}{{ '<|im_start|>system\n' }}"
+    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\n\n' }}{% endif %}"
+    "{{ 'These tools can be called:\n<tools>\n' }}{% for tool in tools %}{{ (tool | tojson) + '\n' }}{% endfor %}"
+    "{{ '</tools>\nA call is one JSON object between tags; a turn may hold several:\n<tool_call>\n"
+    '{\"name\": <name>, \"arguments\": <object>}\n</tool_call>'
+    "<|im_end|>\n' }}{% endif %}"
+    "{% for message in messages %}{% set role = message['role'] %}"
+    "{% if role not in ['system', 'user', 'assistant', 'tool'] %}"
+    "{{ raise_exception('the role is ' ~ role ~ ', not system, user, assistant or tool') }}{% endif %}"
+    "{% if role == 'assistant' %}{{ '<|im_start|>assistant\n' }}{% generation %}{{ message['content'] or '' }}"
+    "{% for call in message['tool_calls'] or [] %}{% set call = call['function'] or call %}"
+    "{% if message['content'] or not loop.first %}{{ '\n' }}{% endif %}"
+    "{{ '<tool_call>\n{\"name\": ' + (call['name'] | tojson) + ', \"arguments\": ' }}"
+    "{{ call['arguments'] if call['arguments'] is string else call['arguments'] | tojson }}{{ '}\n</tool_call>' }}"
+    "{% endfor %}{{ '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% elif role == 'tool' %}{% if loop.first or loop.previtem['role'] != 'tool' %}{{ '<|im_start|>user' }}{% endif %}"
+    "{{ '\n<tool_response>\n' + message['content'] + '\n</tool_response>' }}"
+    "{% if loop.last or loop.nextitem['role'] != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}"
+    "{% elif not (tools and loop.first and role == 'system') %}"
+    "{{ '<|im_start|>' + role + '\n' + message['content'] + '<|im_end|>\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 # Variables that a rendering with marks sets; in any other they are undefined, so print nothing.
 OPEN, CLOSE = "jaxlm_generation_open", "jaxlm_generation_close"
 
@@ -91,10 +114,19 @@ def chat_template_from_files(files: Mapping[str, bytes]) -> ChatTemplate | None:
 
 def chatml(tokenizer: Tokenizer) -> ChatTemplate:
     """`CHATML`; ValueError if the tokenizer has not both of its special tokens."""
+    return _with_symbols(CHATML, tokenizer)
+
+
+def hermes(tokenizer: Tokenizer) -> ChatTemplate:
+    """`HERMES`; ValueError as for `chatml`."""
+    return _with_symbols(HERMES, tokenizer)
+
+
+def _with_symbols(source: str, tokenizer: Tokenizer) -> ChatTemplate:
     if missing := [name for name in ("<|im_start|>", "<|im_end|>") if name not in tokenizer.symbols]:
         raise ValueError("the model brings no chat template, and its tokenizer lacks what ChatML needs: the special "
                          f"token {' and '.join(missing)}")
-    return ChatTemplate(CHATML)
+    return ChatTemplate(source)
 
 
 class _Generation(ext.Extension):

@@ -75,8 +75,10 @@ class Ledger:
     compile cache that answers is booked there too, with the little time that it takes.
     """
 
-    def __init__(self) -> None:
-        self.seconds = dict.fromkeys(("step", "compile", "data", "checkpoint", "evaluation", "start"), 0.0)
+    def __init__(self, *more: str) -> None:
+        """`more`: names besides those of every loop."""
+        names = ("step", "compile", "data", "checkpoint", "evaluation", "start", *more)
+        self.seconds = dict.fromkeys(names, 0.0)
         self.training = 0.0  # seconds of steps and of waiting for their data, the compilation of the step included
         self._since = time.time()
         self._compiled: list[tuple[float, float]] = []

@@ -1,0 +1,109 @@
+"""Search over a corpus in memory as tools: by keywords (BM25) and by embeddings (inner product)."""
+
+import re
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxlm.rl.tools import Tool, tool_of
+
+MAX_RESULTS, MAX_QUERY = 20, 1000
+_WORD = re.compile(r"\w+")
+
+
+class Passage(NamedTuple):
+    title: str
+    text: str
+
+
+def keyword_search_tool(passages: Sequence[Passage], *, passage_chars: int = 600) -> Tool:
+    """The tool `keyword_search(query, top_n)`: BM25 of the words in title and text (Robertson; Lucene's variant).
+
+    Passages that share no word with the query are not shown. Words are runs of letters and digits in lower case, and
+    nothing is stemmed. Needs the extra `rl`.
+    """
+    _check(passages, passage_chars)
+    # bm25s may not choose the k best: it would do so with JAX, on the accelerator, in an order of its own among equals.
+    index = _bm25s().BM25()
+    index.index([_words(f"{one.title} {one.text}") for one in passages], show_progress=False)
+
+    def keyword_search(query: str, top_n: int = 5) -> str:
+        """Finds passages that contain the words of a query.
+
+        Args:
+            query: words to look for
+            top_n: how many passages to return
+        """
+        _check_query(query, top_n)
+        words = [word for word in _words(query) if word in index.vocab_dict]
+        scores = index.get_scores(words) if words else np.zeros(len(passages))
+        return _listed(passages, scores, top_n, passage_chars, least=0.0)
+
+    return tool_of(keyword_search, trusted=True)
+
+
+def dense_search_tool(passages: Sequence[Passage], embeddings: np.ndarray, embed: Callable[[list[str]], np.ndarray], *,
+                      passage_chars: int = 600) -> Tool:
+    """The tool `dense_search(query, top_n)`: the passages with the largest inner products <embeddings[p], embed(q)>.
+
+    Args:
+      embeddings: [P, D], one row a passage.
+      embed: texts to [len(texts), D]; called in this process with one query at a time.
+    """
+    _check(passages, passage_chars)
+    embeddings = np.asarray(embeddings, np.float32)
+    if embeddings.ndim != 2 or len(embeddings) != len(passages) or not np.isfinite(embeddings).all():
+        raise ValueError(f"embeddings must be finite and of shape [{len(passages)}, D], got {embeddings.shape}")
+
+    def dense_search(query: str, top_n: int = 5) -> str:
+        """Finds passages whose meaning is closest to a query.
+
+        Args:
+            query: what to look for
+            top_n: how many passages to return
+        """
+        _check_query(query, top_n)
+        vector = np.asarray(embed([query]), np.float32)
+        assert vector.shape == (1, embeddings.shape[1]), f"embed gave {vector.shape} for one text"
+        return _listed(passages, embeddings @ vector[0], top_n, passage_chars, least=-np.inf)
+
+    return tool_of(dense_search, trusted=True)
+
+
+def _check(passages: Sequence[Passage], passage_chars: int) -> None:
+    if not passages:
+        raise ValueError("a search needs at least one passage")
+    if passage_chars < 1:
+        raise ValueError(f"passage_chars must be at least 1, got {passage_chars}")
+
+
+def _check_query(query: str, top_n: int) -> None:
+    if not 1 <= top_n <= MAX_RESULTS:
+        raise ValueError(f"top_n must be between 1 and {MAX_RESULTS}")
+    if not query.strip() or len(query) > MAX_QUERY:
+        raise ValueError(f"the query must have between 1 and {MAX_QUERY} characters")
+
+
+def _listed(passages: Sequence[Passage], scores: np.ndarray, top_n: int, passage_chars: int, least: float) -> str:
+    """The best passages with a score above `least`, of equals the first; "[1] Title", a line break, the text."""
+    found = np.flatnonzero(scores > least)
+    if len(found) > top_n:
+        found = found[scores[found] >= np.partition(scores[found], -top_n)[-top_n]]
+    best = [passages[i] for i in found[np.argsort(-scores[found], kind="stable")[:top_n]]]
+    return "\n\n".join(f"[{n}] {one.title}\n{one.text[:passage_chars]}{'...' * (len(one.text) > passage_chars)}"
+                       for n, one in enumerate(best, 1)) or "no passage was found"
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
+
+
+def _bm25s() -> ModuleType:
+    try:
+        # Not at the top: the import computes something with JAX, and after that no distributed run can begin.
+        import bm25s
+    except ImportError:
+        raise ValueError("keyword search needs the bm25s package: pip install jaxlm[rl]") from None
+    return bm25s
