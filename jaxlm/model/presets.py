@@ -27,10 +27,14 @@ _QWEN2_5_0_5B = ModelConfig(
     max_positions=32_768, rope_theta=1e6, norm_eps=1e-6, qkv_bias=True, tie_embeddings=True)
 _QWEN2_5_1_5B = replace(
     _QWEN2_5_0_5B, d_model=1536, num_layers=28, num_heads=12, head_dim=128, d_ff=8960, max_positions=131_072)
+_QWEN2_5_7B = replace(
+    _QWEN2_5_1_5B, vocab_size=152_064, d_model=3584, num_heads=28, num_kv_heads=4, d_ff=18_944, tie_embeddings=False)
 _QWEN3_0_6B = ModelConfig(
     vocab_size=151_936, d_model=1024, num_layers=28, num_heads=16, num_kv_heads=8, head_dim=128, d_ff=3072,
     max_positions=40_960, rope_theta=1e6, norm_eps=1e-6, qk_norm=True, tie_embeddings=True)
 _QWEN3_1_7B = replace(_QWEN3_0_6B, d_model=2048, d_ff=6144)
+_QWEN3_8B = replace(
+    _QWEN3_0_6B, d_model=4096, num_layers=36, num_heads=32, d_ff=12_288, tie_embeddings=False)
 
 _GEMMA_2B = ModelConfig(
     vocab_size=256_000, d_model=2048, num_layers=18, num_heads=8, num_kv_heads=1, head_dim=256, d_ff=16_384,
@@ -60,8 +64,10 @@ MODELS = {
     "mistral_7b": _MISTRAL_7B,
     "qwen2_5_0_5b": _QWEN2_5_0_5B,
     "qwen2_5_1_5b": _QWEN2_5_1_5B,
+    "qwen2_5_7b": _QWEN2_5_7B,
     "qwen3_0_6b": _QWEN3_0_6B,
     "qwen3_1_7b": _QWEN3_1_7B,
+    "qwen3_8b": _QWEN3_8B,
     "gemma_2b": _GEMMA_2B,
     "smollm2_135m": _SMOLLM2_135M,
     "smollm2_360m": _SMOLLM2_360M,

@@ -1,0 +1,340 @@
+"""Distil tool use into a small model with reinforcement learning (MENTOR, arXiv 2510.18383, and its baselines).
+
+A student attempts tasks with tools, a few times each; what it did is judged, compared with how a teacher solved the
+task, and learnt from: GRPO with a dense composite reward. Everything is one program: the sampler and the learner share
+parameters and numerics.
+
+    python -m recipes.rl_distill --preset smoke                        embedded tasks, 2 CPU cores
+    python -m recipes.rl_distill --preset smoke --init runs/sft        a student that recipes.sft has warmed up
+    python -m recipes.rl_distill --preset sparse --init MODEL          outcome only; mentor_f1, mentor_ordered, ...
+    python -m recipes.rl_distill --preset mentor --plan v5p:2x2x2      the paper's settings for a 7B, what a step costs
+    python -m recipes.rl_distill --config runs/rl/config.json --resume
+
+MODEL is a run folder, a Hugging Face folder or a GGUF file. `runs/rl/pages` shows attempts in colour,
+`runs/rl/metrics.jsonl` everything else. Results: docs/results.md. Left out: the paper's data and teacher, which are not
+public; embedded tasks take their place.
+"""
+
+import contextlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jaxlm.rl.task_sources import open_tasks, tools_of
+
+from jaxlm.core import config as flags
+from jaxlm.core import distributed
+from jaxlm.core.distributed import DistributedConfig, is_primary
+from jaxlm.core.log import MetricLog, human_count, setup_logging
+from jaxlm.core.mesh import BATCH, MeshConfig, make_mesh
+from jaxlm.core.tree import count_parameters
+from jaxlm.data.chat_template import hermes
+from jaxlm.generate.engine import Engine, EngineConfig
+from jaxlm.model.config import ComputeConfig, ModelConfig, flops_per_token
+from jaxlm.model.decoder import build
+from jaxlm.model.partition import PARAM_RULES
+from jaxlm.model.presets import MODELS
+from jaxlm.objective.algorithm import ALGORITHMS, PolicyConfig, PolicyTokens
+from jaxlm.optim.optimizer import OptimConfig, make_optimizer
+from jaxlm.optim.schedule import ScheduleConfig, make_schedule
+from jaxlm.reward.compose import RewardConfig, compose
+from jaxlm.reward.presets import PRESETS as REWARDS
+from jaxlm.reward.trajectory import Trajectory
+from jaxlm.rl.env import Dialogue, EnvConfig, ToolEnv
+from jaxlm.rl.evaluation import greedy, make_evaluation
+from jaxlm.rl.learner import BatchConfig, PolicyLearner, Scene
+from jaxlm.rl.loop import PHASES, Progress, RLLoopConfig, fit_rl
+from jaxlm.rl.pack import Rows
+from jaxlm.rl.rollout import RolloutConfig, make_prompts
+from jaxlm.rl.task import Task
+from jaxlm.rl.update import VALUE, VALUE_RULE, LearnBatch, Policy, make_policy_loss
+from jaxlm.train.checkpoint import CheckpointConfig, Checkpointer
+from jaxlm.train.chips import parse_topology
+from jaxlm.train.folder import check_folder, check_resumable, check_shared, clear_folder
+from jaxlm.train.loop import STOPPED, NonFiniteError
+from jaxlm.train.measure import Ledger
+from jaxlm.train.plan import Work, plan_report
+from jaxlm.train.pretrained import Pretrained, load_weights, open_pretrained
+from jaxlm.train.state import TrainState, abstract_state, place_leaf, state_of
+from jaxlm.train.step import Step, check_batch, make_step
+
+PROG = "recipes.rl_distill"
+RULES = (*PARAM_RULES, VALUE_RULE)
+log = logging.getLogger(PROG)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """What is attempted; see `jaxlm.rl.task_sources.open_tasks`."""
+
+    train: tuple[str, ...] = ("words:train?count=2000",)
+    held_out: tuple[str, ...] = ("words:held_out?count=60", "words:unseen?count=60")  # a set each
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run."""
+
+    init: str = ""                        # the student: a run folder, a Hugging Face folder or a .gguf file
+    model: ModelConfig = MODELS["tiny"]   # that of `init`
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    tasks: TaskConfig = field(default_factory=TaskConfig)
+    env: EnvConfig = field(default_factory=EnvConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    reward: RewardConfig = REWARDS["mentor"]
+    objective: PolicyConfig = ALGORITHMS["mentor"]
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    loop: RLLoopConfig = field(default_factory=RLLoopConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    loss_chunks: int = 1                  # parts of a row whose logits exist at once
+    seed: int = 42
+    folder: Path = Path("runs/rl")
+    resume: bool = False
+    overwrite: bool = False
+    plan: str = ""                        # compile an update for TPUs that are not here, print what it costs, and stop
+
+
+_SMOKE = Config(
+    env=EnvConfig(max_turns=4, observation="template"),
+    rollout=RolloutConfig(max_prompt=160, max_response=160),
+    batch=BatchConfig(prompts=8, samples=8, micro_rows=8, seq_len=320),
+    engine=EngineConfig(batch_size=32),
+    optim=OptimConfig(lr=1e-4, schedule=ScheduleConfig(warmup=0.0)),
+    loop=RLLoopConfig(iterations=20, eval_every=10),
+    checkpoint=CheckpointConfig(every=10),
+)
+_MENTOR = Config(
+    model=MODELS["qwen2_5_7b"],
+    compute=ComputeConfig(dtype="bfloat16", remat="dots_no_batch"),
+    rollout=RolloutConfig(temperature=0.6, top_k=20, top_p=0.99, max_prompt=1536, max_response=8192),
+    batch=BatchConfig(prompts=32, samples=10, minibatches=4, micro_rows=8, seq_len=9728),
+    engine=EngineConfig(batch_size=320, cache_dtype="bfloat16"),
+    optim=OptimConfig(lr=1e-6, beta2=0.999, weight_decay=0.01, schedule=ScheduleConfig(warmup=0.0)),
+    mesh=MeshConfig(data=1, fsdp=-1),
+    loop=RLLoopConfig(iterations=1000, eval_every=10),
+    checkpoint=CheckpointConfig(every=10),
+    loss_chunks=16,
+)
+PRESETS = {
+    "smoke": _SMOKE,
+    **{name: replace(_SMOKE, reward=reward) for name, reward in REWARDS.items() if name != "mentor"},
+    "mentor": _MENTOR,
+}
+
+
+class Prepared(NamedTuple):
+    """What `prepare` has checked and opened."""
+
+    config: Config
+    mesh: Mesh
+    opened: Pretrained
+    tx: optax.GradientTransformation
+    scene: Scene
+    sets: dict[str, list[Task]]
+
+
+def lasting(config: Config) -> Config:
+    """The part of a configuration that describes the run, not this start of it."""
+    return replace(config, resume=False, overwrite=False, plan="", distributed=DistributedConfig())
+
+
+def prepare(config: Config) -> Prepared:
+    """Everything that can fail for reasons of the user, before anything is written or trained."""
+    check_folder(config.folder, resume=config.resume, overwrite=config.overwrite)
+    if not config.init:
+        raise ValueError("--init names the student: a run folder (recipes.sft makes one), a Hugging Face folder or a "
+                         ".gguf file")
+    mesh = make_mesh(config.mesh)
+    opened = open_pretrained(Path(config.init))
+    if opened.tokenizer is None:
+        raise ValueError(f"--init {config.init} has no tokenizer")
+    config = replace(config, model=opened.config)
+    if config.resume:
+        saved = flags.load_config(Config, config.folder / "config.json")
+        check_resumable(saved, lasting(config), fixed=(
+            "init", "model", "tasks", "env", "rollout", "batch", "reward", "objective", "seed"), ignored=("folder",))
+    check(config, mesh)
+    train = [task for spec in config.tasks.train for task in open_tasks(spec)]
+    sets = {spec.partition("?")[0]: open_tasks(spec) for spec in config.tasks.held_out}
+    tools = tools_of([*train, *(task for tasks in sets.values() for task in tasks)])
+    template = opened.chat or hermes(opened.tokenizer)
+    dialogue = Dialogue(tools, template, opened.tokenizer, config.env)
+    prompts = make_prompts(dialogue, train, config.rollout.max_prompt)
+    if len(prompts) < len(train):
+        log.warning("%d of %d tasks are left out: their prompts are longer than rollout.max_prompt %d",
+                    len(train) - len(prompts), len(train), config.rollout.max_prompt)
+    if len(prompts) < config.batch.prompts:
+        raise ValueError(f"{len(prompts)} tasks are fewer than batch.prompts {config.batch.prompts}")
+    scene = Scene(train, prompts, ToolEnv(tools, config.env), dialogue, compose(config.reward, Trajectory._fields),
+                  tuple(term.weight for term in config.reward.terms))
+    return Prepared(config, mesh, opened, make_tx(config), scene, sets)
+
+
+def check(config: Config, mesh: Mesh) -> None:
+    """ValueError for settings that do not fit together."""
+    rollout, batch = config.rollout, config.batch
+    longest = rollout.max_prompt + rollout.max_response
+    if rollout.temperature == 0:
+        raise ValueError("rollout.temperature 0 makes all attempts at a prompt equal: nothing could be learnt")
+    if batch.samples < 2 and config.objective.advantage not in ("gae", "reinforce_plus_plus"):
+        raise ValueError(f"batch.samples 1 leaves nothing to compare for advantage {config.objective.advantage}")
+    if longest > config.model.max_positions:
+        raise ValueError(f"rollout.max_prompt {rollout.max_prompt} and max_response {rollout.max_response} are more "
+                         f"than the model's {config.model.max_positions} positions")
+    if (batch.seq_len or longest) < longest:
+        raise ValueError(f"batch.seq_len {batch.seq_len} cannot hold rollout.max_prompt {rollout.max_prompt} and "
+                         f"max_response {rollout.max_response}")
+    check_batch(batch.micro_rows, 1, mesh)
+    if (batch.seq_len or longest) % config.loss_chunks:
+        raise ValueError(f"loss_chunks {config.loss_chunks} does not divide the row of {batch.seq_len or longest}")
+
+
+def make_tx(config: Config) -> optax.GradientTransformation:
+    """The optimizer over all updates of the run."""
+    return make_optimizer(config.optim, num_updates(config))
+
+
+def num_updates(config: Config) -> int:
+    """Updates of the whole run if every iteration has something to learn."""
+    return config.loop.iterations * config.batch.minibatches * config.batch.epochs
+
+
+def initial(run: Prepared) -> Any:
+    """The student's parameters on the mesh, with a value head where the objective needs one."""
+    put = lambda path, leaf: place_leaf(path, np.asarray(leaf), mesh=run.mesh, rules=RULES)
+    params = load_weights(Path(run.config.init), run.opened, put=put).params
+    if run.config.objective.advantage == "gae":
+        kernel = np.zeros((run.config.model.d_model, 1), np.float32)
+        params = {**params, VALUE: {"kernel": put(f"{VALUE}/kernel", kernel)}}
+    return params
+
+
+def abstract(run: Prepared) -> TrainState:
+    """Shapes and shardings of the state."""
+    def init(key: jax.Array) -> Any:
+        params = build(run.config.model).init(key)
+        value = {VALUE: {"kernel": jnp.zeros((run.config.model.d_model, 1))}}
+        return params | (value if run.config.objective.advantage == "gae" else {})
+
+    return abstract_state(init, run.tx, run.mesh, RULES)
+
+
+def make_learner(run: Prepared, reference: Any) -> PolicyLearner:
+    """The parts of the loop."""
+    config, tokenizer = run.config, run.opened.tokenizer
+    model = build(config.model, config.compute)
+    schedule = make_schedule(config.optim.schedule, config.optim.lr, num_updates(config))
+    return PolicyLearner(
+        Policy(model, config.rollout.temperature, config.loss_chunks, tokenizer.vocab_size),
+        Engine(model=model, params=None, eos_id=tokenizer.eos_id, tokenizer=tokenizer, config=config.engine), run.scene,
+        config.objective, rollouts=config.rollout, batch=config.batch, tx=run.tx, schedule=schedule, mesh=run.mesh,
+        rules=RULES, seed=config.seed, reference=reference)
+
+
+def train(run: Prepared, ledger: Ledger) -> bool:
+    """Runs to the end (True), or to a signal."""
+    config = run.config
+    template = run.opened.chat or hermes(run.opened.tokenizer)
+    checkpointer = Checkpointer(config.folder, config.checkpoint, flags.to_json(lasting(config)),
+                                run.opened.tokenizer.files() | template.files())
+    progress, needs_reference = Progress(), bool(config.objective.kl.coefficient)
+    params = initial(run) if needs_reference or not config.resume else None
+    reference = jax.tree.map(jnp.copy, params) if needs_reference else None
+    if config.resume:
+        state = checkpointer.restore(abstract(run), progress)
+        log.info("resumed at iteration %d", progress.iteration)
+    else:
+        state = state_of(params, run.tx, run.mesh, RULES)
+    learner = make_learner(run, reference)
+    log.info("%s parameters, %d tasks, %d tools, mesh %s, %d processes", human_count(count_parameters(state.params)),
+             len(run.scene.prompts), len(run.scene.env.tools), dict(run.mesh.shape), jax.process_count())
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(run.scene.env)
+        metric_log = MetricLog(config.folder, active=is_primary())
+        for part in (metric_log, checkpointer):
+            stack.callback(part.close)
+        _, finished = fit_rl(
+            state, learner, progress, mesh=run.mesh, config=config.loop, folder=config.folder,
+            checkpointer=checkpointer, metric_log=metric_log, ledger=ledger,
+            evaluate=make_evaluation(learner, run.sets, greedy(config.rollout), config.seed))
+    log.info("rollouts: %s", learner.report.line())
+    log.info("run folder: %s", config.folder)
+    return finished
+
+
+def step_program(config: Config, mesh: Mesh, accumulate: int) -> tuple[Step, tuple[TrainState, LearnBatch]]:
+    """An update and the shapes of its arguments: as many full rows as attempts, on devices that need not be here."""
+    check(config, mesh)
+    model, tx = build(config.model, config.compute), make_tx(config)
+    count = config.batch.prompts * config.batch.samples // config.batch.minibatches
+    leaf = partial(jax.ShapeDtypeStruct, (count, config.batch.seq_len), sharding=NamedSharding(mesh, BATCH))
+    ids, number = leaf(dtype=jnp.int32), leaf(dtype=jnp.float32)
+    rows = Rows(ids, ids, number, ids, ids, number, number, ids)
+    tokens = PolicyTokens(number, number, number, ids, ref_logp=number)
+    policy = Policy(model, config.rollout.temperature, config.loss_chunks)
+    schedule = optax.constant_schedule(config.optim.lr)
+    step = make_step(make_policy_loss(policy, config.objective), tx, schedule, mesh=mesh, rules=RULES,
+                     accumulate=accumulate, seed=config.seed)
+    return step, (abstract_state(model.init, tx, mesh, RULES), LearnBatch(rows, tokens))
+
+
+def step_work(config: Config) -> Work:
+    """What an update is for."""
+    tokens = config.batch.prompts * config.batch.samples // config.batch.minibatches * config.batch.seq_len
+    return Work(tokens=tokens, model_flops=tokens * flops_per_token(config.model, config.batch.seq_len))
+
+
+def claim(run: Prepared) -> None:
+    """Makes the folder of a new run: from here on an old one is gone."""
+    if is_primary():
+        if not run.config.resume:
+            clear_folder(run.config.folder)
+        flags.save_config(lasting(run.config), run.config.folder / "config.json")
+
+
+def facts(run: Prepared) -> dict[str, str]:
+    """What must be the same in all processes."""
+    return {"configuration": json.dumps(flags.to_json(lasting(run.config))),
+            "tokenizer": run.opened.tokenizer.fingerprint(),
+            "tasks": json.dumps([task.id for task in run.scene.tasks])}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    ledger = Ledger(*PHASES)
+    config = flags.parse(PRESETS, argv, prog=PROG, description=__doc__)
+    try:
+        if config.plan:
+            rows = config.batch.prompts * config.batch.samples // config.batch.minibatches
+            plan_report(partial(step_program, config), parse_topology(config.plan), config.mesh,
+                        max(1, rows // config.batch.micro_rows), step_work(config), print)
+            return
+        setup_logging(config.distributed.process_id or 0)
+        distributed.start(config.distributed)
+        setup_logging(jax.process_index())
+        run = distributed.together(lambda: prepare(config), facts)
+        distributed.together(lambda: claim(run))
+        distributed.together(lambda: check_shared(config.folder))
+        if not train(run, ledger):
+            raise SystemExit(STOPPED)
+    except (ValueError, OSError, NonFiniteError) as error:
+        flags.fail(error, PROG)
+    finally:
+        ledger.close()
+
+
+if __name__ == "__main__":
+    main()
