@@ -72,7 +72,7 @@ def test_every_token_keeps_who_wrote_it():
         spoken = [ids for sampled, ids in runs if sampled]
         assert [dialogue.turn_text(ids) for ids in spoken] == list(one.turns)
         for (_, ids), text in zip(runs[1::2], one.observations, strict=False):
-            assert text in TOKENIZER.decode(ids) and "heard" in text
+            assert text[0] in TOKENIZER.decode(ids) and "heard" in text[0]
             assert ids.count(dialogue.end_of_turn) == 1  # what the tool said is no special token
         assert one.ended == (one.env.reason in ("answered", "unbalanced"))
         assert one.ended == (one.ids[-1] == dialogue.end_of_turn) or one.env.reason == "length"

@@ -29,7 +29,7 @@ MENTOR = compose(PRESETS["mentor"], Trajectory._fields)
 def attempt(*turns, calls=(), ended=True, reason="answered", task=0, group=0, **counts):
     state = EnvState("t", ("add", "divide"), turns=len(turns), calls=tuple(calls), reason=reason, **counts)
     return Episode(group=group, sample=0, task=task, ids=(1, 2, 3, 4, 5), sampled=(False, False, True, True, False),
-                   logprobs=(0.0,) * 5, kept=(1.0,) * 5, turns=turns, observations=("5",) * (len(turns) - 1),
+                   logprobs=(0.0,) * 5, kept=(1.0,) * 5, turns=turns, observations=(("5",),) * (len(turns) - 1),
                    ended=ended, env=state)
 
 
@@ -99,7 +99,7 @@ def test_similarity_of_tools_is_one_when_equal_and_zero_when_apart():
 
 def test_a_page_shows_everything_and_escapes_it(tmp_path):
     evil = "<script>alert('x')</script>"
-    episodes = [GOOD, dataclasses.replace(GOOD, turns=(f"{evil}<tool_call>{evil}", evil), observations=(evil,))]
+    episodes = [GOOD, dataclasses.replace(GOOD, turns=(f"{evil}<tool_call>{evil}", evil), observations=((evil,),))]
     scored = score(episodes, [TASK], NAMES, MENTOR, 10)
     path = tmp_path / "pages" / "000010.html"
     write_page(path, scored, episodes, [dataclasses.replace(TASK, question=evil)])

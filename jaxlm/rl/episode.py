@@ -27,7 +27,7 @@ class Episode:
     logprobs: tuple[float, ...]  # of the sampler, before truncation; 0 where not sampled
     kept: tuple[float, ...]      # mass that truncation left; 1 where not sampled
     turns: tuple[str, ...]         # texts of the policy's turns, without the token that ended them
-    observations: tuple[str, ...]  # texts of what stood between them
+    observations: tuple[tuple[str, ...], ...]  # what the calls of a turn brought back, the last one's too
     ended: bool                # the last turn came to its end of text, and no budget cut the attempt short
     env: EnvState
 
@@ -43,8 +43,9 @@ def episode_to_json(episode: Episode) -> dict[str, Any]:
 
 def episode_from_json(values: Mapping[str, Any]) -> Episode:
     """The inverse of `episode_to_json`."""
-    lists = ("ids", "sampled", "logprobs", "kept", "turns", "observations")
+    lists = ("ids", "sampled", "logprobs", "kept", "turns")
     return Episode(**{**values, **{name: tuple(values[name]) for name in lists},
+                      "observations": tuple(map(tuple, values["observations"])),
                       "env": EnvState.from_json(values["env"])})
 
 

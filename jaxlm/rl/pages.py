@@ -62,7 +62,7 @@ def _attempt(number: int, scored: Scored, one: Episode) -> str:
     for i, turn in enumerate(one.turns):
         turns.append(_turn(turn))
         if i < len(one.observations):
-            turns.append(f"<pre class='observed'>{html.escape(one.observations[i])}</pre>")
+            turns += [f"<pre class='observed'>{html.escape(text)}</pre>" for text in one.observations[i]]
     rows = "".join(f"<tr><th>{html.escape(name)}</th><td>{_number(term[number])}</td></tr>"
                    for name, term in reward.terms.items())
     rows += "".join(f"<tr><th>{html.escape(name)}</th><td>{'passed' if gate[number] else 'failed'}</td></tr>"

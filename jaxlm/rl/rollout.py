@@ -66,7 +66,7 @@ class _Running:
     logprobs: list[float]
     kept: list[float]
     turns: list[str] = field(default_factory=list)
-    observations: list[str] = field(default_factory=list)
+    observations: list[tuple[str, ...]] = field(default_factory=list)
     ended: bool = False
 
 
@@ -106,7 +106,7 @@ def _turn(one: _Running, done: Completion, env: ToolEnv, dialogue: Dialogue, con
         return None
     one.env, observations, over = env.step(one.env, text)
     if observations:
-        one.observations.append("\n".join(observation.text for observation in observations))
+        one.observations.append(tuple(observation.text for observation in observations))
     if over:
         one.ended = one.env.reason in ("answered", "unbalanced")
         return None
