@@ -5,10 +5,9 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from jaxlm.core.matmul import matmul
-from jaxlm.core.mesh import BATCH, ROWS
+from jaxlm.objective.chunks import map_chunks
 
 
 class TokenLoss(NamedTuple):
@@ -38,11 +37,9 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> TokenLoss:
 def chunked_cross_entropy(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, num_chunks: int = 1
 ) -> TokenLoss:
-    """`cross_entropy(hidden @ head, targets)` with at most 1/num_chunks of the logits in memory.
+    """`cross_entropy(hidden @ head, targets)` with at most 1/num_chunks of the logits in memory (`map_chunks`).
 
-    Chunk i takes the tokens i, i + num_chunks, ... of a row, so that devices which split T cut what they hold already.
-    Each chunk's logits are computed again in the backward pass, which costs one more vocabulary product. Values equal
-    the unchunked ones up to float rounding.
+    Each chunk's logits are computed again in the backward pass, which costs one more vocabulary product.
 
     Args:
       hidden: [B, T, D] in the compute type.
@@ -51,31 +48,8 @@ def chunked_cross_entropy(
       num_chunks: must divide T.
     """
     chex.assert_rank([hidden, head, targets], [3, 2, 2])
-    if hidden.shape[1] % num_chunks:
-        raise ValueError(f"loss chunks: {num_chunks} does not divide the sequence length {hidden.shape[1]}")
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return _chunks(hidden, head, targets, num_chunks)
 
-    def local(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> TokenLoss:
-        return _chunks(hidden, jax.lax.all_gather(head, "fsdp", tiled=True), targets, num_chunks)
-
-    # By hand, so that the head is gathered once and its gradient reduced once, not chunk by chunk. `tensor` is left to
-    # the compiler.
-    return jax.shard_map(local, in_specs=(BATCH, P("fsdp"), BATCH), out_specs=BATCH, axis_names={*ROWS, "context"},
-                         check_vma=False)(hidden, head, targets)
-
-
-def _chunks(hidden: jax.Array, head: jax.Array, targets: jax.Array, num_chunks: int) -> TokenLoss:
-    """On one device, with the whole head."""
-    batch, time, _ = hidden.shape
-
-    def one(hidden: jax.Array, targets: jax.Array) -> TokenLoss:
+    def one(hidden: jax.Array, targets: jax.Array, head: jax.Array) -> TokenLoss:
         return cross_entropy(matmul(hidden, head, jnp.float32), targets)
 
-    if num_chunks == 1:
-        return one(hidden, targets)
-    split = lambda x: jnp.moveaxis(x.reshape(batch, time // num_chunks, num_chunks, *x.shape[2:]), 2, 0)
-    join = lambda x: jnp.moveaxis(x, 0, 2).reshape(batch, time)
-    parts = jax.lax.map(lambda chunk: jax.checkpoint(one)(*chunk), (split(hidden), split(targets)))
-    return TokenLoss(*(join(part) for part in parts))
+    return map_chunks(one, (hidden, targets), (head,), num_chunks)
