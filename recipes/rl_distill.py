@@ -8,6 +8,8 @@ parameters and numerics.
     python -m recipes.rl_distill --preset smoke --init runs/sft        a student that recipes.sft has warmed up
     python -m recipes.rl_distill --preset sparse --init MODEL          outcome only; mentor_f1, mentor_ordered, ...
     python -m recipes.rl_distill --preset mentor --plan v5p:2x2x2      the paper's settings for a 7B, what a step costs
+    python -m recipes.rl_distill --preset smoke --init S --teacher T --objective.teacher.coefficient 1 \
+      --objective.teacher.estimator k1 --objective.teacher.place advantage   on-policy distillation; k2 in loss: KDRL
     python -m recipes.rl_distill --config runs/rl/config.json --resume
 
 MODEL is a run folder, a Hugging Face folder or a GGUF file. `runs/rl/pages` shows attempts in colour,
@@ -18,7 +20,7 @@ public; embedded tasks take their place.
 import contextlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +31,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
-from jaxlm.rl.task_sources import open_tasks, tools_of
 
 from jaxlm.core import config as flags
 from jaxlm.core import distributed
@@ -50,12 +51,12 @@ from jaxlm.reward.compose import RewardConfig, compose
 from jaxlm.reward.presets import PRESETS as REWARDS
 from jaxlm.reward.trajectory import Trajectory
 from jaxlm.rl.env import Dialogue, EnvConfig, ToolEnv
-from jaxlm.rl.evaluation import greedy, make_evaluation
+from jaxlm.rl.evaluation import EvalSet, greedy, make_eval_set, make_evaluation
 from jaxlm.rl.learner import BatchConfig, PolicyLearner, Scene
 from jaxlm.rl.loop import PHASES, Progress, RLLoopConfig, fit_rl
 from jaxlm.rl.pack import Rows
 from jaxlm.rl.rollout import RolloutConfig, make_prompts
-from jaxlm.rl.task import Task
+from jaxlm.rl.task_set import open_task_set
 from jaxlm.rl.update import VALUE, VALUE_RULE, LearnBatch, Policy, make_policy_loss
 from jaxlm.train.checkpoint import CheckpointConfig, Checkpointer
 from jaxlm.train.chips import parse_topology
@@ -65,7 +66,7 @@ from jaxlm.train.measure import Ledger
 from jaxlm.train.plan import Work, plan_report
 from jaxlm.train.pretrained import Pretrained, load_weights, open_pretrained
 from jaxlm.train.state import TrainState, abstract_state, place_leaf, state_of
-from jaxlm.train.step import Step, check_batch, make_step
+from jaxlm.train.step import Step, make_step
 
 PROG = "recipes.rl_distill"
 RULES = (*PARAM_RULES, VALUE_RULE)
@@ -85,6 +86,7 @@ class Config:
     """One run."""
 
     init: str = ""                        # the student: a run folder, a Hugging Face folder or a .gguf file
+    teacher: str = ""                     # a model of the same tokenizer that scores attempts (objective.teacher)
     model: ModelConfig = MODELS["tiny"]   # that of `init`
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     tasks: TaskConfig = field(default_factory=TaskConfig)
@@ -141,9 +143,10 @@ class Prepared(NamedTuple):
     config: Config
     mesh: Mesh
     opened: Pretrained
+    teacher: Pretrained | None
     tx: optax.GradientTransformation
     scene: Scene
-    sets: dict[str, list[Task]]
+    sets: dict[str, EvalSet]
 
 
 def lasting(config: Config) -> Config:
@@ -165,22 +168,39 @@ def prepare(config: Config) -> Prepared:
     if config.resume:
         saved = flags.load_config(Config, config.folder / "config.json")
         check_resumable(saved, lasting(config), fixed=(
-            "init", "model", "tasks", "env", "rollout", "batch", "reward", "objective", "seed"), ignored=("folder",))
+            "init", "teacher", "model", "tasks", "env", "rollout", "batch", "reward", "objective", "seed"),
+            ignored=("folder",))
     check(config, mesh)
-    train = [task for spec in config.tasks.train for task in open_tasks(spec)]
-    sets = {spec.partition("?")[0]: open_tasks(spec) for spec in config.tasks.held_out}
-    tools = tools_of([*train, *(task for tasks in sets.values() for task in tasks)])
+    teacher = open_teacher(config, opened)
+    train, tools = open_task_set((*config.tasks.train, *config.tasks.held_out))
+    held_out = {spec.partition("?")[0]: open_task_set((spec,)).tasks for spec in config.tasks.held_out}
+    train = train[:len(train) - sum(map(len, held_out.values()))]
     template = opened.chat or hermes(opened.tokenizer)
     dialogue = Dialogue(tools, template, opened.tokenizer, config.env)
     prompts = make_prompts(dialogue, train, config.rollout.max_prompt)
     if len(prompts) < len(train):
         log.warning("%d of %d tasks are left out: their prompts are longer than rollout.max_prompt %d",
                     len(train) - len(prompts), len(train), config.rollout.max_prompt)
+    sets = {name: make_eval_set(dialogue, tasks, config.rollout.max_prompt) for name, tasks in held_out.items()}
     if len(prompts) < config.batch.prompts:
         raise ValueError(f"{len(prompts)} tasks are fewer than batch.prompts {config.batch.prompts}")
     scene = Scene(train, prompts, ToolEnv(tools, config.env), dialogue, compose(config.reward, Trajectory._fields),
                   tuple(term.weight for term in config.reward.terms))
-    return Prepared(config, mesh, opened, make_tx(config), scene, sets)
+    return Prepared(config, mesh, opened, teacher, make_tx(config), scene, sets)
+
+
+def open_teacher(config: Config, opened: Pretrained) -> Pretrained | None:
+    """The model that scores, without its weights; ValueError if it reads other tokens."""
+    if bool(config.teacher) != bool(config.objective.teacher.coefficient):
+        raise ValueError("--teacher names a model and objective.teacher.coefficient says how much it counts; give both "
+                         "or none")
+    if not config.teacher:
+        return None
+    teacher = open_pretrained(Path(config.teacher))
+    if teacher.tokenizer is None or teacher.tokenizer.fingerprint() != opened.tokenizer.fingerprint():
+        raise ValueError(f"--teacher {config.teacher} has another tokenizer than --init {config.init}, so it cannot "
+                         "score its tokens")
+    return teacher
 
 
 def check(config: Config, mesh: Mesh) -> None:
@@ -197,7 +217,10 @@ def check(config: Config, mesh: Mesh) -> None:
     if (batch.seq_len or longest) < longest:
         raise ValueError(f"batch.seq_len {batch.seq_len} cannot hold rollout.max_prompt {rollout.max_prompt} and "
                          f"max_response {rollout.max_response}")
-    check_batch(batch.micro_rows, 1, mesh)
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch.micro_rows % devices:
+        raise ValueError(f"batch.micro_rows {batch.micro_rows} does not divide over the {devices} devices that split "
+                         "rows")
     if (batch.seq_len or longest) % config.loss_chunks:
         raise ValueError(f"loss_chunks {config.loss_chunks} does not divide the row of {batch.seq_len or longest}")
 
@@ -212,9 +235,14 @@ def num_updates(config: Config) -> int:
     return config.loop.iterations * config.batch.minibatches * config.batch.epochs
 
 
+def on_mesh(mesh: Mesh) -> Callable[[str, Any], jax.Array]:
+    """Places a leaf by its path."""
+    return lambda path, leaf: place_leaf(path, np.asarray(leaf), mesh=mesh, rules=RULES)
+
+
 def initial(run: Prepared) -> Any:
     """The student's parameters on the mesh, with a value head where the objective needs one."""
-    put = lambda path, leaf: place_leaf(path, np.asarray(leaf), mesh=run.mesh, rules=RULES)
+    put = on_mesh(run.mesh)
     params = load_weights(Path(run.config.init), run.opened, put=put).params
     if run.config.objective.advantage == "gae":
         kernel = np.zeros((run.config.model.d_model, 1), np.float32)
@@ -241,7 +269,17 @@ def make_learner(run: Prepared, reference: Any) -> PolicyLearner:
         Policy(model, config.rollout.temperature, config.loss_chunks, tokenizer.vocab_size),
         Engine(model=model, params=None, eos_id=tokenizer.eos_id, tokenizer=tokenizer, config=config.engine), run.scene,
         config.objective, rollouts=config.rollout, batch=config.batch, tx=run.tx, schedule=schedule, mesh=run.mesh,
-        rules=RULES, seed=config.seed, reference=reference)
+        rules=RULES, seed=config.seed, reference=reference, teacher=scoring_teacher(run))
+
+
+def scoring_teacher(run: Prepared) -> tuple[Policy, Any] | None:
+    """The teacher with its weights on the mesh."""
+    config = run.config
+    if run.teacher is None:
+        return None
+    params = load_weights(Path(config.teacher), run.teacher, put=on_mesh(run.mesh)).params
+    model = build(run.teacher.config, config.compute)
+    return Policy(model, config.rollout.temperature, config.loss_chunks, run.opened.tokenizer.vocab_size), params
 
 
 def train(run: Prepared, ledger: Ledger) -> bool:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jaxlm.rl.task_sources import open_tasks, tools_of
 
 from jaxlm.core import config as flags
 from jaxlm.core.log import setup_logging
@@ -32,6 +31,7 @@ from jaxlm.reward.trajectory import Trajectory
 from jaxlm.rl.env import Dialogue, EnvConfig, ToolEnv
 from jaxlm.rl.rollout import Attempt, RolloutConfig, make_prompts, rollout
 from jaxlm.rl.score import score
+from jaxlm.rl.task_set import open_task_set
 from jaxlm.rl.teacher import taught
 from jaxlm.train.pretrained import load_weights, open_pretrained
 
@@ -70,8 +70,7 @@ def run(config: Config) -> None:
     opened = open_pretrained(config.source)
     if opened.tokenizer is None:
         raise ValueError(f"--source {config.source} has no tokenizer")
-    tasks = [task for spec in config.tasks for task in open_tasks(spec)]
-    tools = tools_of(tasks)
+    tasks, tools = open_task_set(config.tasks)
     dialogue = Dialogue(tools, opened.chat or hermes(opened.tokenizer), opened.tokenizer, config.env)
     prompts = make_prompts(dialogue, tasks, config.rollout.max_prompt)
     log.info("%d tasks, %d of them with a prompt of at most %d tokens", len(tasks), len(prompts),

@@ -66,6 +66,14 @@ def test_tasks_that_ask_for_calls_are_judged_by_them():
     assert found.trajectory.ended.tolist() == [True, True, True]  # one turn is all that such a task has
 
 
+def test_to_call_nothing_may_be_right():
+    none = dataclasses.replace(CALLS, answers=([],))
+    silent, call = attempt("I cannot."), attempt("x", calls=[("add", {"a": 2, "b": 3})], reason="turns", ended=False)
+    garbled = dataclasses.replace(silent, env=silent.env._replace(unparsable=1))
+    found = score([silent, call, garbled], [none], NAMES, MENTOR, 10).trajectory
+    assert found.correct.tolist() == [1, 0, 0] and found.answered.tolist() == [True, True, False]
+
+
 def test_what_rewards_see():
     unknown = attempt("<tool_call>", "x", calls=[("add", {"a": 1}), ("multiply", {"a": 1})], failed=1, invalid=1,
                       unparsable=2)

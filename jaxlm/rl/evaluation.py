@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxlm.rl.env import Dialogue
 from jaxlm.rl.episode import Episode
 from jaxlm.rl.learner import PolicyLearner
 from jaxlm.rl.rollout import Attempt, RolloutConfig, make_prompts
@@ -15,27 +16,35 @@ from jaxlm.rl.task import Task
 SHOWN = ("correct", "invalid_calls", "tool_similarity", "length")
 
 
+class EvalSet(NamedTuple):
+    """Tasks that are only measured on."""
+
+    tasks: list[Task]
+    prompts: dict[int, tuple[int, ...]]
+
+
+def make_eval_set(dialogue: Dialogue, tasks: Sequence[Task], max_prompt: int) -> EvalSet:
+    """ValueError if a prompt is longer than `max_prompt`: an evaluation leaves nothing out."""
+    prompts = make_prompts(dialogue, tasks, max_prompt)
+    if missing := [task.id for i, task in enumerate(tasks) if i not in prompts]:
+        raise ValueError(f"the prompts of {len(missing)} of {len(tasks)} evaluation tasks ({missing[0]}, ...) are "
+                         f"longer than rollout.max_prompt {max_prompt}")
+    return EvalSet(list(tasks), prompts)
+
+
 def make_evaluation(
-    learner: PolicyLearner, sets: Mapping[str, Sequence[Task]], config: RolloutConfig, seed: int = 0,
+    learner: PolicyLearner, sets: Mapping[str, EvalSet], config: RolloutConfig, seed: int = 0,
 ) -> Callable[[Any, int], tuple[dict[str, float], str]]:
     """`params, iteration -> (numbers, text to show)`: accuracy, tools and lengths on each set and each domain in it.
 
-    Args:
-      config: `temperature=0` for greedy attempts. ValueError if a task's prompt is longer than its `max_prompt`: an
-        evaluation leaves nothing out.
+    `config`: how attempts are made, greedy with `temperature=0`.
     """
     scene = learner.scene
-    prompts = {}
-    for name, tasks in sets.items():
-        prompts[name] = make_prompts(scene.dialogue, tasks, config.max_prompt)
-        if missing := [task.id for i, task in enumerate(tasks) if i not in prompts[name]]:
-            raise ValueError(f"the prompts of {len(missing)} of {len(tasks)} evaluation tasks ({missing[0]}, ...) are "
-                             f"longer than rollout.max_prompt {config.max_prompt}")
 
     def evaluate(params: Any, iteration: int) -> tuple[dict[str, float], str]:
         values, lines = {}, [f"held out at iteration {iteration}:"]
-        for name, tasks in sets.items():
-            attempts = [Attempt(i, i, 0, seed, prompts[name][i]) for i in range(len(tasks))]
+        for name, (tasks, prompts) in sets.items():
+            attempts = [Attempt(i, i, 0, seed, prompts[i]) for i in range(len(tasks))]
             episodes = learner.run(params, attempts, config, tasks)
             scored = score(episodes, tasks, list(scene.env.tools), scene.reward, config.max_response)
             found = numbers(scored, len(scene.env.tools)) | by_domain(episodes, tasks, scored)

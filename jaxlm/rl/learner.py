@@ -157,7 +157,10 @@ class PolicyLearner:
         scored = self._scored(episodes)
         values = numbers(scored, len(self.scene.env.tools))
         num_groups = episodes[-1].group + 1
-        parts = self._parts(episodes, num_groups)
+        packed = self._parts(episodes, num_groups)
+        values |= {"rows": sum(len(rows.tokens) for rows in packed),
+                   "rows/filled": float(np.mean([np.mean(rows.segments > 0) for rows in packed]))}
+        parts = [put_whole(rows, self.mesh) for rows in packed]
         old = [self._score_rows(self.policy, params, rows, self.batch.micro_rows) for rows in parts]
         ref = [self._other(self.policy, self.reference, rows) for rows in parts]
         teacher = [self._other(*(self.teacher or (None, None)), rows) for rows in parts]
@@ -174,9 +177,9 @@ class PolicyLearner:
         batches = [self._learn(rows, rewards, value, logp, ref_logp, teacher_logp, values_)
                    for rows, (logp, values_), ref_logp, teacher_logp in zip(parts, old, ref, teacher, strict=True)]
         values |= {name: float(x) for name, x in jax.jit(sampler_metrics)(parts[0], batches[0]).items()}
-        values |= {"rows": sum(len(rows.tokens) for rows in parts),
-                   "rows/filled": float(np.mean([np.mean(np.asarray(rows.segments) > 0) for rows in parts]))}
-        learnable = value is None or bool(jnp.any(value != 0))
+        # Equal rewards teach nothing by themselves; a teacher's scores of tokens may.
+        taught = self.teacher is not None and self.objective.teacher.place == "loss"
+        learnable = taught or any(bool(jnp.any(batch.tokens.advantage * batch.tokens.mask)) for batch in batches)
         return Ready(scored, batches if learnable else []), values
 
     def _scored(self, episodes: Sequence[Episode]) -> Scored:
@@ -184,14 +187,14 @@ class PolicyLearner:
                      self.rollouts.max_response)
 
     def _parts(self, episodes: Sequence[Episode], num_groups: int) -> list[Rows]:
-        """The rows of each minibatch, as many in each, on the devices."""
+        """The rows of each minibatch, as many in each."""
         share = -(-num_groups // min(self.batch.minibatches, num_groups))
         bounds = [next((i for i, one in enumerate(episodes) if one.group >= first), len(episodes))
                   for first in range(0, num_groups + share, share)]
         parts = [pack_rows(episodes[a:b], self.seq_len, self.batch.micro_rows, first=a)
                  for a, b in pairwise(bounds) if b > a]
         most = max(len(part.tokens) for part in parts)
-        return [put_whole(pad_rows(part, most), self.mesh) for part in parts]
+        return [pad_rows(part, most) for part in parts]
 
     def _other(self, policy: Policy | None, params: Any, rows: Rows) -> jax.Array | None:
         if params is None:

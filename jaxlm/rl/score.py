@@ -32,7 +32,9 @@ def prediction(episode: Episode, task: Task) -> str | None:
     """What a judge reads: the last box of the last turn, or for tasks that ask for calls these; None: no answer."""
     if task.judge == "calls":
         calls = [{"name": name, "arguments": arguments} for name, arguments in episode.env.calls]
-        return json.dumps(calls) if calls else None
+        # To call nothing is an answer where that is accepted.
+        refrains = [] in task.answers and episode.ended and not episode.env.unparsable
+        return json.dumps(calls) if calls or refrains else None
     return extract_boxed(episode.turns[-1]) if episode.turns else None
 
 

@@ -4,6 +4,7 @@
     runs/demo/checkpoints/     see train.checkpoint
     runs/demo/metrics.jsonl    one record per report, and tensorboard/ with the same numbers
     runs/demo/curves.png       written at the end
+    runs/rl/rollouts, pages    of rl.loop: the attempts that updates need, and attempts to read
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from jaxlm.core.config import differences
 
 log = logging.getLogger(__name__)
 
-OURS = ("config.json", "checkpoints", "metrics.jsonl", "tensorboard", "curves.png", "tokenizer")
+OURS = ("config.json", "checkpoints", "metrics.jsonl", "tensorboard", "curves.png", "tokenizer", "rollouts", "pages")
 
 
 def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:

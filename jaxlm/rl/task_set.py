@@ -1,0 +1,26 @@
+"""Several sources of tasks as one."""
+
+from collections.abc import Sequence
+
+from jaxlm.rl.task_sources import TaskSource, open_task_source
+from jaxlm.rl.tools import Tool
+
+
+def open_task_set(specs: Sequence[str]) -> TaskSource:
+    """The tasks of all lines in order, and the tools that some task offers; see `open_task_source`.
+
+    ValueError for an id that two sources have, and for two tools of one name.
+    """
+    sources = [open_task_source(spec) for spec in specs]
+    seen: dict[str, str] = {}
+    for spec, source in zip(specs, sources, strict=True):
+        for task in source.tasks:
+            if seen.setdefault(task.id, spec) != spec:
+                raise ValueError(f"task {task.id!r} is in {seen[task.id]} and in {spec}; ids must be distinct")
+    offered = {name for source in sources for task in source.tasks for name in task.tools}
+    tools: dict[str, Tool] = {}
+    for spec, source in zip(specs, sources, strict=True):
+        for tool in source.tools:
+            if tool.name in offered and tools.setdefault(tool.name, tool).schema() != tool.schema():
+                raise ValueError(f"{spec} has a tool {tool.name!r} that is not the one of another source")
+    return TaskSource([task for source in sources for task in source.tasks], tuple(tools.values()))

@@ -1,0 +1,64 @@
+"""What teachers of tasks did, as conversations: data for `recipes.sft`, the baseline that imitates.
+
+    python -m recipes.demonstrations --tasks "words:train?count=4000" --output runs/words.jsonl
+    python -m recipes.sft --data.path runs/words.jsonl --data.held-out runs/words_held_out.jsonl --template hermes
+
+Tasks are named as in `jaxlm.rl.task_sources`; those without a teacher are left out, and counted.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxlm.core import config as flags
+from jaxlm.core.log import setup_logging
+from jaxlm.rl.demonstration import write_conversations
+from jaxlm.rl.env import EnvConfig
+from jaxlm.rl.task_set import open_task_set
+from jaxlm.rl.task_sources import statistics
+
+PROG = "recipes.demonstrations"
+log = logging.getLogger(PROG)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is written."""
+
+    tasks: tuple[str, ...] = ("words:train?count=2000",)
+    output: Path = Path("runs/demonstrations.jsonl")
+    question: str = EnvConfig().question  # as `env.question` of recipes.rl_distill
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.question.count("{question}") != 1:
+            raise ValueError(f"question must hold {{question}} once, got {self.question!r}")
+
+
+def run(config: Config) -> None:
+    """Reads the tasks and writes the file."""
+    if config.output.exists() and not config.overwrite:
+        raise ValueError(f"{config.output} exists; --overwrite replaces it")
+    tasks, tools = open_task_set(config.tasks)
+    shown = [task for task in tasks if task.teacher]
+    if not shown:
+        raise ValueError("none of these tasks has a teacher; recipes.teacher lets a model be one")
+    count = write_conversations(config.output, shown, {tool.name: tool for tool in tools}, question=config.question)
+    facts = statistics(shown)
+    log.info("%d conversations in %s, %d tasks without a teacher left out", count, config.output,
+             len(tasks) - len(shown))
+    log.info("calls a task: %s; tools: %s", facts.calls, facts.tools)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    setup_logging()
+    try:
+        run(flags.parse({"default": Config()}, argv, prog=PROG, description=__doc__))
+    except (ValueError, OSError) as error:
+        flags.fail(error, PROG)
+
+
+if __name__ == "__main__":
+    main()
