@@ -11,54 +11,53 @@ intra-document mask, AdamW with warmup-stable-decay, held-out bits per byte and 
 Results and exact commands: docs/results.md. Left out: KORMo's data and the stages after stage 1.
 """
 
-import contextlib
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from jaxlm.core import config as flags
-from jaxlm.core import distributed
 from jaxlm.core.batch import LMBatch
-from jaxlm.core.distributed import DistributedConfig, is_primary
-from jaxlm.core.log import MetricLog, human_count, setup_logging
-from jaxlm.core.masked import Mean, aggregate
-from jaxlm.core.mesh import BATCH, MeshConfig, data_shard, make_mesh
-from jaxlm.core.rng import derive
-from jaxlm.core.tree import count_parameters
+from jaxlm.core.distributed import DistributedConfig
+from jaxlm.core.log import human_count
+from jaxlm.core.mesh import MeshConfig, data_shard, make_mesh
 from jaxlm.data.corpus import CorpusConfig, open_corpus
 from jaxlm.data.examples import excluded_ids
-from jaxlm.data.pipeline import Batches, PipelineConfig, make_pipeline, resolve_shards
-from jaxlm.data.tokenizer import Tokenizer, check_vocabulary, save_tokenizer, tokenizer_from_files
+from jaxlm.data.pipeline import PipelineConfig, make_pipeline, resolve_shards
+from jaxlm.data.tokenizer import check_vocabulary, tokenizer_from_files
 from jaxlm.data.tokenizer_training import TokenizerConfig, make_tokenizer
-from jaxlm.eval.held_out import Evaluation, SampleConfig, make_evaluation
-from jaxlm.model.attention import resolve_backend
+from jaxlm.eval.held_out import SampleConfig, make_evaluation
 from jaxlm.model.config import ComputeConfig, ModelConfig, flops_per_token
 from jaxlm.model.decoder import Model, build
 from jaxlm.model.hf import load_hf
 from jaxlm.model.hf_config import load_config
 from jaxlm.model.partition import PARAM_RULES
 from jaxlm.model.presets import MODELS
-from jaxlm.objective.lm import chunked_cross_entropy
 from jaxlm.optim.optimizer import OptimConfig, make_optimizer
 from jaxlm.optim.schedule import ScheduleConfig, make_schedule
-from jaxlm.train.checkpoint import CheckpointConfig, Checkpointer, saved_run
+from jaxlm.train.checkpoint import CheckpointConfig, saved_run
 from jaxlm.train.chips import parse_topology
-from jaxlm.train.curves import plot_curves
-from jaxlm.train.folder import check_folder, check_resumable, check_shared, clear_folder
-from jaxlm.train.loop import STOPPED, LoopConfig, NonFiniteError, fit
-from jaxlm.train.measure import Ledger, peak_flops
+from jaxlm.train.folder import check_folder, check_resumable
+from jaxlm.train.loop import LoopConfig, NonFiniteError
+from jaxlm.train.measure import Ledger
 from jaxlm.train.plan import Work, plan_report
-from jaxlm.train.state import TrainState, abstract_state, init_state, place_leaf, state_of
-from jaxlm.train.step import Loss, Step, check_batch, make_step
+from jaxlm.train.run import (
+    Learning,
+    Run,
+    abstract_batch,
+    attention_backend,
+    check_shapes,
+    launch,
+    make_loss,
+    mode_of,
+)
+from jaxlm.train.state import TrainState, abstract_state, place_leaf
+from jaxlm.train.step import Step, make_step
 
 PROG = "recipes.pretrain"
 log = logging.getLogger(PROG)  # as a module with flags, this file is called __main__
@@ -126,53 +125,10 @@ PRESETS = {
 }
 
 
-def make_loss(model: Model, *, z_loss: float = 0.0, chunks: int = 1) -> Loss:
-    """Summed next-token cross-entropy, plus `z_loss * log(Z)^2` per token (PaLM, section 5)."""
-    def loss(params: Any, batch: LMBatch, key: jax.Array) -> tuple[jax.Array, dict[str, Mean]]:
-        hidden = model.apply(
-            params, batch.tokens, positions=batch.positions, segments=batch.segments, logits=False).hidden
-        out = chunked_cross_entropy(hidden, model.head(params), batch.targets, chunks)
-        nll = aggregate(out.nll, batch.loss_mask)
-        metrics = {"loss": nll, "accuracy": aggregate(out.correct, batch.loss_mask)}
-        if not z_loss:
-            return nll.total, metrics
-        squared = aggregate(out.log_z**2, batch.loss_mask)
-        return nll.total + z_loss * squared.total, metrics | {"log_z_squared": squared}
-
-    return loss
-
-
-def attention_backend(config: Config, mesh: Mesh) -> str:
-    """The backend of the training step; ValueError if the one asked for cannot compute it exactly."""
-    return resolve_backend(
-        config.compute.attention, platform=mesh.devices.flat[0].platform, dtype=config.compute.dtype,
-        head_dim=config.model.head_dim, q_len=config.pipeline.seq_len, segments=True, positions=True,
-        window=config.model.window, query_chunk=config.compute.query_chunk, context=mesh.shape["context"])
-
-
 def check(config: Config, mesh: Mesh) -> None:
     """ValueError for settings that do not fit together."""
-    attention_backend(config, mesh)
-    check_batch(config.pipeline.batch_size, config.accumulate, mesh)
-    seq_len, context = config.pipeline.seq_len, mesh.shape["context"]
-    if seq_len > config.model.max_positions:
-        raise ValueError(f"pipeline.seq_len {seq_len} exceeds model.max_positions {config.model.max_positions}")
-    if config.loss_chunks < 1 or seq_len % (config.loss_chunks * context):
-        raise ValueError(f"loss_chunks {config.loss_chunks} times mesh.context {context} does not divide "
-                         f"pipeline.seq_len {seq_len}")
-
-
-class Prepared(NamedTuple):
-    """What `prepare` has checked and opened."""
-
-    config: Config  # with the model of `init_from` and the number of data shards
-    mesh: Mesh
-    model: Model
-    tx: optax.GradientTransformation
-    params: Any     # of `init_from`, or None
-    tokenizer: Tokenizer
-    batches: Batches
-    evaluate: Evaluation
+    check_shapes(config.model, config.compute, config.pipeline, mesh, accumulate=config.accumulate,
+                 loss_chunks=config.loss_chunks)
 
 
 def adopt_model(config: Config) -> Config:
@@ -205,7 +161,7 @@ def lasting(config: Config) -> Config:
     return replace(config, resume=False, overwrite=False, plan="", distributed=DistributedConfig())
 
 
-def prepare(config: Config) -> Prepared:
+def prepare(config: Config) -> Run:
     """Everything that can fail for reasons of the user: ValueError, before anything is written or trained.
 
     Every process does this by itself.
@@ -237,38 +193,16 @@ def prepare(config: Config) -> Prepared:
     params = None
     if config.init_from and not config.resume:
         params = load_hf(config.init_from, put=partial(place_leaf, mesh=mesh, rules=PARAM_RULES))[1]
-    return Prepared(config, mesh, model, tx, params, tokenizer, batches, evaluate)
-
-
-def facts(run: Prepared) -> dict[str, str]:
-    """What must be the same in all processes."""
-    config = run.config
-    return {"mode": "resume" if config.resume else "overwrite" if config.overwrite else "new",
-            "configuration": json.dumps(flags.to_json(lasting(config))), "tokenizer": run.tokenizer.fingerprint(),
-            "data": json.dumps([source.fingerprint() for source in run.batches.sources])}
-
-
-def claim(run: Prepared) -> None:
-    """Makes the folder of a new run: from here on an old one is gone. A resumed run writes its changed settings."""
-    config = run.config
-    if not is_primary():
-        return
-    if not config.resume:
-        clear_folder(config.folder)
-        save_tokenizer(run.tokenizer, config.folder / "tokenizer")
-    flags.save_config(lasting(config), config.folder / "config.json")
-
-
-def start(run: Prepared, checkpointer: Checkpointer) -> TrainState:
-    """The state to train from: the newest checkpoint, given weights, or random ones."""
-    config, mesh, model, tx = run.config, run.mesh, run.model, run.tx
-    if config.resume:
-        state = checkpointer.restore(abstract_state(model.init, tx, mesh, PARAM_RULES), run.batches)
-        log.info("resumed at step %d", int(state.step))
-        return state
-    if run.params is not None:
-        return state_of(run.params, tx, mesh, PARAM_RULES)
-    return init_state(model.init, tx, derive(config.seed, "init"), mesh, PARAM_RULES)
+    learning = Learning(init=model.init, tx=tx, step=step_of(config, model, tx, mesh), rules=PARAM_RULES, params=params)
+    tokens = human_count(config.pipeline.batch_size * config.pipeline.seq_len)
+    backend = attention_backend(config.model, config.compute, config.pipeline.seq_len, mesh)
+    return Run(
+        folder=config.folder, mode=mode_of(resume=config.resume, overwrite=config.overwrite), config=lasting(config),
+        files=tokenizer.files(), mesh=mesh, learning=learning, batches=batches, evaluate=evaluate, loop=config.loop,
+        checkpoint=config.checkpoint, seed=config.seed,
+        flops=flops_per_token(config.model, config.pipeline.seq_len), dtype=config.compute.dtype,
+        summary=f"{config.pipeline.shards} data shards, {tokens} tokens a batch, {backend} attention in "
+                f"{config.compute.dtype}")
 
 
 def step_of(config: Config, model: Model, tx: optax.GradientTransformation, mesh: Mesh) -> Step:
@@ -278,44 +212,12 @@ def step_of(config: Config, model: Model, tx: optax.GradientTransformation, mesh
     return make_step(loss, tx, schedule, mesh=mesh, rules=PARAM_RULES, accumulate=config.accumulate, seed=config.seed)
 
 
-def train(run: Prepared, ledger: Ledger) -> bool:
-    """Runs to the end (True), or to a signal."""
-    config, mesh, model, tx = run.config, run.mesh, run.model, run.tx
-    step = step_of(config, model, tx, mesh)
-    checkpointer = Checkpointer(
-        config.folder, config.checkpoint, flags.to_json(lasting(config)), run.tokenizer.files())
-    state = start(run, checkpointer)
-    peak, peak_text = peak_flops(config.compute.dtype)
-    per_token = flops_per_token(config.model, config.pipeline.seq_len)
-    log.info("%s parameters, %s tokens a batch, mesh %s, %d processes, %d data shards",
-             human_count(count_parameters(state.params)),
-             human_count(config.pipeline.batch_size * config.pipeline.seq_len), dict(mesh.shape), jax.process_count(),
-             config.pipeline.shards)
-    log.info("%s attention in %s; MFU: %s FLOPs a token, peak %s", attention_backend(config, mesh),
-             config.compute.dtype, human_count(per_token), peak_text)
-    with contextlib.ExitStack() as stack:
-        metric_log = MetricLog(config.folder, active=is_primary())
-        for part in (run.batches, metric_log, checkpointer):
-            stack.callback(part.close)
-        _, finished = fit(
-            state, step, run.batches, mesh=mesh, config=config.loop, checkpointer=checkpointer, metric_log=metric_log,
-            ledger=ledger, flops_ratio=per_token / (peak * mesh.size), evaluate=run.evaluate)
-    log.info("data: %s", ", ".join(f"{name} {value:.3g}" for name, value in run.batches.stats().items()))
-    if is_primary():
-        plot_curves(config.folder / "metrics.jsonl", config.folder / "curves.png")
-    log.info("run folder: %s", config.folder)
-    return finished
-
-
 def step_program(config: Config, mesh: Mesh, accumulate: int) -> tuple[Step, tuple[TrainState, LMBatch]]:
     """The training step and the shapes of its arguments, on devices that need not be here."""
     config = replace(config, accumulate=accumulate)
     check(config, mesh)
     model, tx = build(config.model, config.compute), make_optimizer(config.optim, config.loop.steps)
-    leaf = partial(jax.ShapeDtypeStruct, (config.pipeline.batch_size, config.pipeline.seq_len),
-                   sharding=NamedSharding(mesh, BATCH))
-    ids, mask = leaf(dtype=jnp.int32), leaf(dtype=jnp.float32)
-    batch = LMBatch(tokens=ids, targets=ids, loss_mask=mask, segments=ids, positions=ids)
+    batch = abstract_batch(config.pipeline.batch_size, config.pipeline.seq_len, mesh)
     return step_of(config, model, tx, mesh), (abstract_state(model.init, tx, mesh, PARAM_RULES), batch)
 
 
@@ -337,14 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             plan_report(partial(step_program, config), parse_topology(config.plan), config.mesh, config.accumulate,
                         step_work(config), print)
             return
-        setup_logging(config.distributed.process_id or 0)
-        distributed.start(config.distributed)
-        setup_logging(jax.process_index())
-        run = distributed.together(lambda: prepare(config), facts)
-        distributed.together(lambda: claim(run))
-        distributed.together(lambda: check_shared(config.folder))
-        if not train(run, ledger):
-            raise SystemExit(STOPPED)
+        launch(config.distributed, partial(prepare, config), ledger)
     except (ValueError, OSError, NonFiniteError) as error:
         flags.fail(error, PROG)
     finally:

@@ -1,6 +1,7 @@
 """Pytrees by path: names, counts and comparisons."""
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +16,30 @@ def path_name(path: tuple) -> str:
 def named_leaves(tree: Any) -> dict[str, Any]:
     """Leaves by path name, in tree order; `None` leaves are absent, as everywhere in jax."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def select(tree: dict[str, Any], chosen: Callable[[str], bool]) -> dict[str, Any]:
+    """The leaves of nested dicts whose path name is chosen; dicts without one are left out.
+
+    With `lambda path: path.endswith("b")`: `{"x": {"a": 1, "b": 2}, "a": 3}` gives `{"x": {"b": 2}}`.
+    """
+    def part(node: Any, path: str) -> Any:
+        if not isinstance(node, Mapping):
+            return node if chosen(path) else None
+        found = {key: part(child, f"{path}/{key}" if path else key) for key, child in node.items()}
+        return {key: child for key, child in found.items() if child is not None} or None
+
+    return part(tree, "") or {}
+
+
+def combine(*trees: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts of different leaves as one: the inverse of `select` and its complement. Keys are sorted."""
+    result = {}
+    for key in sorted({key for tree in trees for key in tree}):
+        parts = [tree[key] for tree in trees if key in tree]
+        assert len(parts) == 1 or all(isinstance(part, Mapping) for part in parts), f"two leaves called {key}"
+        result[key] = combine(*parts) if isinstance(parts[0], Mapping) else parts[0]
+    return result
 
 
 def count_parameters(tree: Any) -> int:

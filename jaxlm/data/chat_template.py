@@ -27,10 +27,10 @@ CHATML = (
     "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 # ChatML with tools, for models that bring no template and learn to call them: the call syntax of Hermes and Qwen.
-HERMES = (
+_HERMES = (
     "{% if tools %}{{ '<|im_start|>system\n' }}"
     "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\n\n' }}{% endif %}"
-    "{{ 'These tools can be called:\n<tools>\n' }}{% for tool in tools %}{{ (tool | tojson) + '\n' }}{% endfor %}"
+    "{{ 'These tools can be called:\n<tools>\n' }}{% for tool in tools %}{{ TOOL + '\n' }}{% endfor %}"
     "{{ '</tools>\nA call is one JSON object between tags; a turn may hold several:\n<tool_call>\n"
     '{\"name\": <name>, \"arguments\": <object>}\n</tool_call>'
     "<|im_end|>\n' }}{% endif %}"
@@ -49,6 +49,10 @@ HERMES = (
     "{% elif not (tools and loop.first and role == 'system') %}"
     "{{ '<|im_start|>' + role + '\n' + message['content'] + '<|im_end|>\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+HERMES = _HERMES.replace("TOOL", "(tool | tojson)")
+# Tools by name only, for small models that learn them from examples: the schemas of twelve tools are 700 tokens.
+HERMES_NAMES = _HERMES.replace("TOOL", "(tool['function'] or tool)['name']")
+TEMPLATES = {"chatml": CHATML, "hermes": HERMES, "hermes_names": HERMES_NAMES}
 # Variables that a rendering with marks sets; in any other they are undefined, so print nothing.
 OPEN, CLOSE = "jaxlm_generation_open", "jaxlm_generation_close"
 
@@ -120,6 +124,11 @@ def chatml(tokenizer: Tokenizer) -> ChatTemplate:
 def hermes(tokenizer: Tokenizer) -> ChatTemplate:
     """`HERMES`; ValueError as for `chatml`."""
     return _with_symbols(HERMES, tokenizer)
+
+
+def hermes_names(tokenizer: Tokenizer) -> ChatTemplate:
+    """`HERMES_NAMES`; ValueError as for `chatml`."""
+    return _with_symbols(HERMES_NAMES, tokenizer)
 
 
 def _with_symbols(source: str, tokenizer: Tokenizer) -> ChatTemplate:

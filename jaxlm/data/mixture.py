@@ -5,19 +5,20 @@ therefore shares of rows, that is of tokens, whatever the lengths of the documen
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import grain
 import numpy as np
 
-from jaxlm.data.examples import ToExample
+from jaxlm.data.examples import Example
 from jaxlm.data.packing import Packing, pack
 from jaxlm.data.sources import Source
 
 
 def stream_rows(
-    sources: Sequence[Source], to_example: ToExample, *, packing: Packing, seq_len: int, num_bins: int, seed: int,
-    shard: int, num_shards: int,
+    sources: Sequence[Source], to_example: Callable[[int, Any], Example], *, packing: Packing, seq_len: int,
+    num_bins: int, seed: int, shard: int, num_shards: int,
 ) -> grain.IterDataset:
     """Endless packed rows with the number of their source, and the number of draws from it so far.
 

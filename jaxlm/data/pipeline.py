@@ -4,7 +4,7 @@
 """
 
 import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from absl import flags
 
 from jaxlm.core.batch import LMBatch
-from jaxlm.data.examples import ToExample
+from jaxlm.data.examples import Example, ToExample
 from jaxlm.data.mixture import stream_rows
 from jaxlm.data.packing import Packing, pack, to_inputs
 from jaxlm.data.sources import Document, Source
@@ -122,11 +122,19 @@ def make_pipeline(
     sources: Sequence[Source], tokenizer: Tokenizer, config: PipelineConfig, *, excluded: tuple[int, ...] = (),
     seed: int = 0, loader: int = 0, loaders: int = 1,
 ) -> Batches:
+    """The training stream of documents, each a sequence of tokens that are all targets but for `excluded` ids."""
+    return stream_batches(sources, ToExample(tokenizer, excluded), config, seed=seed, loader=loader, loaders=loaders)
+
+
+def stream_batches(
+    sources: Sequence[Source], to_example: Callable[[int, Any], Example], config: PipelineConfig, *, seed: int = 0,
+    loader: int = 0, loaders: int = 1,
+) -> Batches:
     """The training stream of one process: `batch_size / loaders` rows a batch.
 
     Args:
-      sources: mixed by their `config.weight`.
-      excluded: ids that are never a target.
+      sources: mixed by their `config.weight`; anything with the length, items, name, config and fingerprint of one.
+      to_example: number of the draw and item to example; picklable.
       loader, loaders: which part of every batch this process loads, see `core.mesh.data_shard`.
     """
     config = resolve_shards(config, loaders)
@@ -139,7 +147,7 @@ def make_pipeline(
 
     def open_shard(index: int) -> Iterator[Mapping[str, np.ndarray]]:
         rows = stream_rows(
-            sources, ToExample(tokenizer, excluded), packing=config.packing, seq_len=config.seq_len,
+            sources, to_example, packing=config.packing, seq_len=config.seq_len,
             num_bins=config.num_bins or 64, seed=seed, shard=index, num_shards=config.shards)
         rows = rows.batch(config.batch_size // config.shards, drop_remainder=True)
         if config.workers:
@@ -162,16 +170,23 @@ def eval_batches(
     documents = [document for document in documents if document is not None]
     if not documents:
         raise ValueError("there is no document to evaluate on")
-    examples = grain.MapDataset.source(documents).map_with_index(ToExample(tokenizer)).to_iter_dataset(
+    batches = whole_batches(documents, ToExample(tokenizer), batch_size=batch_size, seq_len=seq_len)
+    return batches, sum(len(document.text.encode()) + 1 for document in documents)
+
+
+def whole_batches(
+    items: Sequence[Any], to_example: Callable[[int, Any], Example], *, batch_size: int, seq_len: int
+) -> list[LMBatch]:
+    """Every item once, packed first-fit; the last batch is filled up with empty rows."""
+    examples = grain.MapDataset.source(items).map_with_index(to_example).to_iter_dataset(
         grain.ReadOptions(num_threads=0))
     rows = list(pack(examples, packing="first_fit", seq_len=seq_len))
     missing = -len(rows) % batch_size
     rows += [{name: np.zeros_like(array) for name, array in rows[0].items()}] * missing
     stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     batch = to_inputs(stacked)
-    batches = [LMBatch(*(leaf[start : start + batch_size] for leaf in batch))
-               for start in range(0, len(rows), batch_size)]
-    return batches, sum(len(document.text.encode()) + 1 for document in documents)
+    return [LMBatch(*(leaf[start : start + batch_size] for leaf in batch))
+            for start in range(0, len(rows), batch_size)]
 
 
 def _leave_signals_to_the_trainer(index: int, count: int) -> None:

@@ -175,19 +175,25 @@ class RowReader:
             if self._drops(row):
                 self.filtered += 1
                 return None
-            texts = [_string(row, name) if name is not None else "" for _, name in self._template]
-            # With a template the literals alone are no content: some field must say something.
-            if not any(text and not text.isspace() for text in texts):
+            document = self._document(row, path, line)
+            if document is None:
                 self.empty += 1
                 return None
-            filled = "".join(literal + text for (literal, _), text in zip(self._template, texts, strict=True))
-            document = Document(filled, self._label(row, self.config.language_field) or self.config.language,
-                                self._label(row, self.config.source_field))
         except BadRow as error:
             self.bad(str(error), path, line)
             return None
         self.kept += 1
         return document
+
+    def _document(self, row: Mapping[str, Any], path: str, line: int) -> Document | None:
+        """What a row holds, None for nothing; BadRow says why it cannot be read."""
+        texts = [_string(row, name) if name is not None else "" for _, name in self._template]
+        # With a template the literals alone are no content: some field must say something.
+        if not any(text and not text.isspace() for text in texts):
+            return None
+        filled = "".join(literal + text for (literal, _), text in zip(self._template, texts, strict=True))
+        return Document(filled, self._label(row, self.config.language_field) or self.config.language,
+                        self._label(row, self.config.source_field))
 
     def bad(self, reason: str, path: str, line: int) -> None:
         """Counts a bad row, parsed or not; stops reading when there are far too many."""

@@ -58,8 +58,13 @@ def compose(language: str, index: int, held_out: bool, seed: int) -> tuple[str, 
 
 def statements(fact: Fact, language: str) -> list[str]:
     """Every wording of one fact that stands on its own."""
-    return [_fill(form, fact, language) for form in STATE[language][fact.kind]] + \
-        [" ".join(_fill(part, fact, language) for part in QUESTION[language][fact.kind])]
+    return [*(_fill(form, fact, language) for form in STATE[language][fact.kind]), " ".join(question(fact, language))]
+
+
+def question(fact: Fact, language: str) -> tuple[str, str]:
+    """The question for one fact, and its answer."""
+    asked, answer = QUESTION[language][fact.kind]
+    return _fill(asked, fact, language), _fill(answer, fact, language)
 
 
 @functools.cache
@@ -126,8 +131,7 @@ def _questions(rng: random.Random, held_out: bool, languages: Sequence[str]) -> 
     lines = []
     for fact in chosen:
         for language in languages:
-            question, answer = (_fill(part, fact, language) for part in QUESTION[language][fact.kind])
-            lines.append(f"{question} {answer}")
+            lines.append(" ".join(question(fact, language)))
     return chosen, lines, "\n"
 
 

@@ -94,7 +94,7 @@ class Source:
         A change that keeps the length and misses these documents is not seen.
         """
         value = zlib.crc32(str(len(self)).encode())
-        for i in _spread(len(self), FINGERPRINT_DOCUMENTS):
+        for i in spread(len(self), FINGERPRINT_DOCUMENTS):
             document = self[i]
             text = document.text.encode("utf-8") if document else b""
             # The length before each text keeps ["ab", "c"] and ["a", "bc"] apart.
@@ -102,19 +102,21 @@ class Source:
         return value
 
 
-def open_source(config: SourceConfig | Sequence[str | Mapping[str, Any]], *, max_bad_rows: int = 0) -> Source:
+def open_source(config: SourceConfig | Sequence[str | Mapping[str, Any]], *, max_bad_rows: int = 0,
+                reader: type[RowReader] = RowReader) -> Source:
     """Opens what a configuration names, or a list of strings or of `{"text", "language"?, "source"?}`.
 
     ValueError, in one sentence: a missing file, a glob without match, an unknown ending, a missing field, a damaged
     file, more than `max_bad_rows` bad rows (the first are listed), a filter that matches nothing, no row left.
     Of ArrayRecord and TFDS up to 1000 evenly spread records are tried for this, all if there are no more: beyond these
     a bad row counts when it is read, and a filter is refused only if no record tried is left.
+    `reader`: what turns rows of files into documents.
     """
     if max_bad_rows < 0:
         raise ValueError(f"max_bad_rows must not be negative, got {max_bad_rows}")
     if not isinstance(config, SourceConfig):
         return _open_list(config, max_bad_rows)
-    reader = RowReader(config, max_bad_rows)
+    reader = reader(config, max_bad_rows)
     if config.path.startswith("sample:"):
         rows = sample_documents(config.path.removeprefix("sample:"), config.documents or DEFAULT_SAMPLE,
                                 split=config.split or "train", seed=config.seed)
@@ -128,7 +130,7 @@ def open_source(config: SourceConfig | Sequence[str | Mapping[str, Any]], *, max
         raise ValueError(f"{config.path}: mixes ArrayRecord with other formats; open them as two sources")
     if lazy:
         return _lazy(config, open_array_record(paths, reader), reader)
-    return _packed(config, (doc for path in paths for doc in READERS[kinds[path]](path, reader)), reader)
+    return packed_source(config, (doc for path in paths for doc in READERS[kinds[path]](path, reader)), reader)
 
 
 def find_files(path: str) -> list[Path]:
@@ -172,7 +174,7 @@ def _open_list(rows: Sequence[str | Mapping[str, Any]], max_bad_rows: int) -> So
         raise ValueError(f"a source is a SourceConfig or a list, got the string {rows!r}; parse_source reads specs")
     config = SourceConfig(path="memory")
     reader = RowReader(config, max_bad_rows)
-    return _packed(config, _list_documents(rows, reader), reader)
+    return packed_source(config, _list_documents(rows, reader), reader)
 
 
 def _list_documents(rows: Sequence[str | Mapping[str, Any]], reader: RowReader) -> Iterator[Document]:
@@ -204,7 +206,8 @@ class PackedRows(Sequence):
         return Document(text, *self._known[self._labels[i]])
 
 
-def _packed(config: SourceConfig, documents: Iterable[Document], reader: RowReader) -> Source:
+def packed_source(config: SourceConfig, documents: Iterable[Document], reader: RowReader) -> Source:
+    """Documents as a source, all read now; ValueError as `open_source` says."""
     source = Source(config, PackedRows(documents), reader)
     reader.check()
     if not len(source):
@@ -221,11 +224,11 @@ def _packed(config: SourceConfig, documents: Iterable[Document], reader: RowRead
 def _lazy(config: SourceConfig, rows: LazyRows, reader: RowReader) -> Source:
     if not len(rows):
         raise ValueError(f"{config.path}: empty corpus: no record")
-    rows.probe(_spread(len(rows), PROBED_RECORDS))
+    rows.probe(spread(len(rows), PROBED_RECORDS))
     return Source(config, rows, reader)
 
 
-def _spread(length: int, count: int) -> list[int]:
+def spread(length: int, count: int) -> list[int]:
     """Up to `count` increasing indices, one from each of equal parts; their distances have no period, as data may."""
     count = min(length, count)
     starts = [part * length // count for part in range(count + 1)]

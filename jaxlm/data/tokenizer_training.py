@@ -49,16 +49,17 @@ def make_tokenizer(config: TokenizerConfig, sources: Sequence[Source], vocab_siz
 
 def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, user_symbols: Sequence[str] = (),
                         control_symbols: Sequence[str] = (), character_coverage: float = 0.9995,
-                        max_chars: int = 100_000_000, seed: int = 0) -> SentencePieceTokenizer:
+                        max_chars: int = 100_000_000, seed: int = 0, eos: str = "</s>") -> SentencePieceTokenizer:
     """A byte-fallback BPE model whose round trip is exact for any string; the same texts give the same model.
 
     Ids: unk 0, bos 1, eos 2, pad 3, `control_symbols` (never matched in text), `user_symbols` (always), bytes, rest.
     Each digit is a token, a newline is its byte. Of more than `max_chars` characters a random sample is used, and the
-    log says so. ValueError for an empty text or a `vocab_size` that is too small or too large, naming the bound.
+    log says so. `eos` names id 2. ValueError for an empty text or a `vocab_size` that is too small or too large, naming
+    the bound.
     """
     symbols = [*user_symbols, *control_symbols]
-    if len(set(symbols)) != len(symbols) or {"", "<unk>", "<s>", "</s>", "<pad>"} & set(symbols):
-        raise ValueError(f"symbols must be distinct, not empty and none of <unk> <s> </s> <pad>: {symbols}")
+    if len(set(symbols)) != len(symbols) or {"", "<unk>", "<s>", eos, "<pad>"} & set(symbols):
+        raise ValueError(f"symbols must be distinct, not empty and none of <unk> <s> {eos} <pad>: {symbols}")
     lines = _sample_lines(texts, max_chars, random.Random(seed))
     if not lines:
         raise ValueError("no text to train a tokenizer on")
@@ -69,7 +70,8 @@ def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, user_symbols: 
             byte_fallback=True, split_digits=True, normalization_rule_name="identity", add_dummy_prefix=False,
             remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, character_coverage=character_coverage,
             max_sentence_length=8 * _TRAIN_LINE, user_defined_symbols=list(user_symbols),
-            control_symbols=list(control_symbols), unk_id=0, bos_id=1, eos_id=2, pad_id=3, num_threads=1, minloglevel=2)
+            control_symbols=list(control_symbols), unk_id=0, bos_id=1, eos_id=2, pad_id=3, eos_piece=eos, num_threads=1,
+            minloglevel=2)
     except RuntimeError as error:
         raise ValueError(_explain(str(error), vocab_size)) from None
     return SentencePieceTokenizer(model.getvalue())

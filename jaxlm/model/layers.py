@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlm.core.matmul import matmul
 from jaxlm.core.mesh import constrain
 from jaxlm.model.config import ModelConfig, RopeScaling
+from jaxlm.model.lora import ADAPTER_PARTS, adapt
 from jaxlm.model.quantize import Quantized, product, rows
 
 PRODUCT = "product"  # results of Linear by name: a remat policy does not see into a custom derivative
@@ -22,7 +23,8 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approx
 
 
 class Linear(nn.Module):
-    """A tensor product over the last axes of the input: [..., *inputs] to [..., *outputs].
+    """A tensor product over the last axes of the input: [..., *inputs] to [..., *outputs]; with the adapter (`lora`)
+    that lies beside its kernel, if one does.
 
     The mesh axis `tensor` splits the outputs, or the inputs if `split_inputs`.
     """
@@ -46,6 +48,10 @@ class Linear(nn.Module):
             y = product(x, w, 0, layout).astype(x.dtype)
         else:
             y = matmul(x, kernel.reshape(fan_in, fan_out), layout=layout)
+        if self.has_variable("params", "lora_a"):
+            adapter = {name: self.get_variable("params", name) for name in ADAPTER_PARTS
+                       if self.has_variable("params", name)}
+            y = adapt(x, y, kernel, adapter)
         y = checkpoint_name(y.reshape(*lead, *self.outputs), PRODUCT)
         if not self.use_bias:
             return y

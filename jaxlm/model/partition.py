@@ -32,3 +32,17 @@ PARAM_RULES: Rules = (
     (r"mlp/down/kernel(/numbers)?$", P(None, "tensor", "fsdp")),                            # [L, F, D]
     (r"(attention_norm|mlp_norm|final_norm|kernel|embedding)/scale$", P()),                 # [L, D] or [D]
 )
+# Beside kernels (`lora`); the rank is never split.
+LORA_RULES: Rules = (
+    (r"attention/(query|key|value)/lora_a$", P(None, "fsdp", None)),                # [L, D, R]
+    (r"attention/(query|key|value)/lora_b$", P(None, None, "tensor", None)),        # [L, R, N or K, H]
+    (r"attention/(query|key|value)/magnitude$", P(None, "tensor", None)),           # [L, N or K, H]
+    (r"attention/out/lora_a$", P(None, "tensor", None, None)),                      # [L, N, H, R]
+    (r"mlp/(gate|up)/lora_a$", P(None, "fsdp", None)),                              # [L, D, R]
+    (r"mlp/(gate|up)/lora_b$", P(None, None, "tensor")),                            # [L, R, F]
+    (r"mlp/(gate|up)/magnitude$", P(None, "tensor")),                               # [L, F]
+    (r"mlp/down/lora_a$", P(None, "tensor", None)),                                 # [L, F, R]
+    (r"(attention/out|mlp/down)/lora_b$", P(None, None, "fsdp")),                   # [L, R, D]
+    (r"(attention/out|mlp/down)/magnitude$", P()),                                  # [L, D]
+    (r"/lora_scale$", P()),                                                         # [L]
+)

@@ -10,8 +10,8 @@ import optax
 from jaxlm.core.tree import path_name
 from jaxlm.optim.schedule import ScheduleConfig, make_schedule
 
-# KORMo, section 4: norms, embeddings and biases do not decay; the output head does.
-NO_DECAY = r"(^|/)(embed/embedding|scale|bias)$"
+# KORMo, section 4: norms, embeddings and biases do not decay; the output head does. Nor do DoRA's norms of columns.
+NO_DECAY = r"(^|/)(embed/embedding|scale|bias|magnitude)$"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxlm.core import config as flags
 from jaxlm.core.tree import path_name
+from jaxlm.data.chat_examples import begins_with_bos
 from jaxlm.data.chat_template import ChatTemplate, chat_template_from_files, load_chat_template
 from jaxlm.data.tokenizer import (
     JSON_FILE,
@@ -21,11 +22,13 @@ from jaxlm.data.tokenizer import (
     load_tokenizer,
     tokenizer_from_files,
 )
+from jaxlm.model import lora
 from jaxlm.model.config import ModelConfig
 from jaxlm.model.decoder import build
 from jaxlm.model.gguf import gguf_chat_template, gguf_special_tokens, gguf_tokenizer_json, load_gguf
 from jaxlm.model.hf import load_hf
 from jaxlm.model.hf_config import load_config
+from jaxlm.model.lora import LoraConfig
 from jaxlm.train.checkpoint import saved_params, saved_run
 
 Put = Callable[[str, Any], Any]  # path and leaf to the leaf that goes into the tree
@@ -39,6 +42,7 @@ class Pretrained(NamedTuple):
     tokenizer: Tokenizer | None
     start: tuple[int, ...] = ()       # ids before every text: our runs train on documents that begin with BOS
     chat: ChatTemplate | None = None
+    lora: LoraConfig = LoraConfig()         # adapters beside the weights of a run, which loading merges
 
 
 def load_pretrained(source: Path, *, dtype: Any = jnp.float32, put: Put | None = None) -> Pretrained:
@@ -60,7 +64,11 @@ def open_pretrained(source: Path) -> Pretrained:
         saved, files = saved_run(source)
         tokenizer = tokenizer_from_files(files)
         config = flags.from_json(ModelConfig, saved["model"], "model.")
-        found = Pretrained(config, None, tokenizer, (tokenizer.bos_id,), chat_template_from_files(files))
+        chat = chat_template_from_files(files)
+        # Tuned on what its template writes, a model knows BOS if that is part of it.
+        start = (tokenizer.bos_id,) if chat is None or begins_with_bos(chat, tokenizer) else ()
+        found = Pretrained(config, None, tokenizer, start, chat,
+                           flags.from_json(LoraConfig, saved.get("lora", {}), "lora."))
     elif (source / "config.json").is_file():
         there = any((source / name).is_file() for name in (JSON_FILE, SENTENCEPIECE_FILE))
         tokenizer = load_tokenizer(source) if there else None
@@ -85,7 +93,8 @@ def load_weights(source: Path, opened: Pretrained, *, dtype: Any = jnp.float32, 
         return opened._replace(params=load_hf(source, dtype=dtype, put=put)[1])
     params = opened.params
     if params is None:
-        params = saved_params(source, jax.eval_shape(build(opened.config).init, jax.random.key(0)))
+        adapted = lambda key: lora.init(key, build(opened.config).init(key), opened.lora)
+        params = lora.merge(saved_params(source, jax.eval_shape(adapted, jax.random.key(0))))
     params = jax.tree.map(lambda leaf: leaf.astype(dtype, copy=False), params)
     if put is not None:
         params = jax.tree_util.tree_map_with_path(lambda path, leaf: put(path_name(path), leaf), params)

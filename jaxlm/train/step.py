@@ -12,12 +12,14 @@ from jax.sharding import PartitionSpec as P
 from jaxlm.core.masked import Mean
 from jaxlm.core.mesh import BATCH, Rules, constrain, tree_shardings
 from jaxlm.core.rng import derive
+from jaxlm.core.tree import combine, select
 from jaxlm.train.state import TrainState
 
 # (params, batch, key) -> (sum of the loss over the batch, metrics); metrics["loss"].weight is what divides the sum.
 Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, Mean]]]
 Metrics = dict[str, jax.Array]
 Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+Trainable = Callable[[str], bool]  # path of a parameter to whether it is learnt
 
 
 def make_step(
@@ -29,6 +31,7 @@ def make_step(
     rules: Rules,
     accumulate: int = 1,
     seed: int = 0,
+    trainable: Trainable | None = None,
 ) -> Step:
     """A jitted `state, batch -> state, metrics`; the state is donated.
 
@@ -38,9 +41,16 @@ def make_step(
 
     Args:
       accumulate: micro-batches per step; must divide the rows of each device.
+      trainable: what is learnt; the rest gets no gradient. None: all. `tx` is then `part_optimizer(tx, trainable)`.
     """
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        grads, means = _accumulate(loss, state.params, batch, derive(seed, "train", state.step), accumulate)
+        moving, still = state.params, None
+        part_loss = loss
+        if trainable is not None:
+            moving = select(state.params, trainable)
+            still = select(state.params, lambda path: not trainable(path))
+            part_loss = lambda moving, batch, key: loss(combine(moving, still), batch, key)
+        grads, means = _accumulate(part_loss, moving, batch, derive(seed, "train", state.step), accumulate)
         weight = jnp.maximum(means["loss"].weight, 1)
         grads = jax.tree.map(lambda g: g / weight, grads)
         norm = optax.tree.norm(grads)
@@ -48,8 +58,9 @@ def make_step(
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
 
         def update(state: TrainState) -> TrainState:
-            updates, opt_state = tx.update(grads, state.opt_state, state.params)
-            return TrainState(state.step, optax.apply_updates(state.params, updates), opt_state)
+            updates, opt_state = tx.update(grads, state.opt_state, moving)
+            params = optax.apply_updates(moving, updates)
+            return TrainState(state.step, params if still is None else combine(params, still), opt_state)
 
         # A branch, not a select of every leaf: one pass less over parameters and moments.
         new = jax.lax.cond(finite, update, lambda state: state, state)
@@ -64,6 +75,23 @@ def make_step(
         return jax.lax.with_sharding_constraint(state, tree_shardings(state, rules, mesh)), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def part_optimizer(tx: optax.GradientTransformation, trainable: Trainable | None) -> optax.GradientTransformation:
+    """`tx` whose state covers only the part of the parameters that is learnt; for `make_step(trainable=...)`.
+
+    ValueError from its `init` if nothing is learnt.
+    """
+    if trainable is None:
+        return tx
+
+    def init(params: Any) -> Any:
+        part = select(params, trainable)
+        if not part:
+            raise ValueError("every parameter is frozen, so there is nothing to learn")
+        return tx.init(part)
+
+    return optax.GradientTransformation(init, tx.update)
 
 
 def update_count(opt_state: Any) -> jax.Array:

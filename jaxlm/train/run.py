@@ -1,0 +1,198 @@
+"""A training run from its folder to its end, for recipes: what they share besides the loop.
+
+    prepare (checks everything, writes nothing) -> claim the folder -> start or resume -> fit -> curves
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from jaxlm.core import config as flags
+from jaxlm.core import distributed
+from jaxlm.core.batch import LMBatch
+from jaxlm.core.distributed import DistributedConfig, is_primary
+from jaxlm.core.log import MetricLog, human_count, setup_logging
+from jaxlm.core.masked import Mean, aggregate
+from jaxlm.core.mesh import BATCH, Rules
+from jaxlm.core.rng import derive
+from jaxlm.core.tree import count_parameters, select
+from jaxlm.data.pipeline import Batches, PipelineConfig
+from jaxlm.model.attention import resolve_backend
+from jaxlm.model.config import ComputeConfig, ModelConfig
+from jaxlm.model.decoder import Model
+from jaxlm.objective.lm import chunked_cross_entropy
+from jaxlm.train.checkpoint import CheckpointConfig, Checkpointer
+from jaxlm.train.curves import plot_curves
+from jaxlm.train.folder import check_shared, clear_folder
+from jaxlm.train.loop import STOPPED, LoopConfig, fit
+from jaxlm.train.measure import Ledger, peak_flops
+from jaxlm.train.state import TrainState, abstract_state, init_state, state_of
+from jaxlm.train.step import Loss, Step, Trainable, check_batch
+
+Mode = Literal["new", "resume", "overwrite"]
+
+log = logging.getLogger(__name__)
+
+
+def make_loss(model: Model, *, z_loss: float = 0.0, chunks: int = 1) -> Loss:
+    """Summed next-token cross-entropy over the mask, plus `z_loss * log(Z)^2` per token (PaLM, section 5).
+
+    The loss of pretraining and of supervised fine-tuning: the batch says which tokens count.
+    """
+    def loss(params: Any, batch: LMBatch, key: jax.Array) -> tuple[jax.Array, dict[str, Mean]]:
+        hidden = model.apply(
+            params, batch.tokens, positions=batch.positions, segments=batch.segments, logits=False).hidden
+        out = chunked_cross_entropy(hidden, model.head(params), batch.targets, chunks)
+        nll = aggregate(out.nll, batch.loss_mask)
+        metrics = {"loss": nll, "accuracy": aggregate(out.correct, batch.loss_mask)}
+        if not z_loss:
+            return nll.total, metrics
+        squared = aggregate(out.log_z**2, batch.loss_mask)
+        return nll.total + z_loss * squared.total, metrics | {"log_z_squared": squared}
+
+    return loss
+
+
+def attention_backend(model: ModelConfig, compute: ComputeConfig, seq_len: int, mesh: Mesh) -> str:
+    """The backend of the training step; ValueError if the one asked for cannot compute it exactly."""
+    return resolve_backend(
+        compute.attention, platform=mesh.devices.flat[0].platform, dtype=compute.dtype, head_dim=model.head_dim,
+        q_len=seq_len, segments=True, positions=True, window=model.window, query_chunk=compute.query_chunk,
+        context=mesh.shape["context"])
+
+
+def check_shapes(model: ModelConfig, compute: ComputeConfig, pipeline: PipelineConfig, mesh: Mesh, *, accumulate: int,
+                 loss_chunks: int) -> None:
+    """ValueError for settings of a step that do not fit together."""
+    attention_backend(model, compute, pipeline.seq_len, mesh)
+    check_batch(pipeline.batch_size, accumulate, mesh)
+    seq_len, context = pipeline.seq_len, mesh.shape["context"]
+    if seq_len > model.max_positions:
+        raise ValueError(f"pipeline.seq_len {seq_len} exceeds model.max_positions {model.max_positions}")
+    if loss_chunks < 1 or seq_len % (loss_chunks * context):
+        raise ValueError(f"loss_chunks {loss_chunks} times mesh.context {context} does not divide "
+                         f"pipeline.seq_len {seq_len}")
+
+
+def abstract_batch(batch_size: int, seq_len: int, mesh: Mesh) -> LMBatch:
+    """The shapes of a training batch, on devices that need not be here."""
+    leaf = partial(jax.ShapeDtypeStruct, (batch_size, seq_len), sharding=NamedSharding(mesh, BATCH))
+    ids, mask = leaf(dtype=jnp.int32), leaf(dtype=jnp.float32)
+    return LMBatch(tokens=ids, targets=ids, loss_mask=mask, segments=ids, positions=ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning:
+    """What is learnt, and from where."""
+
+    init: Callable[[jax.Array], Any]     # key to all parameters
+    tx: optax.GradientTransformation
+    step: Step
+    rules: Rules
+    params: Any = None                   # to start from instead of `init`
+    trainable: Trainable | None = None   # see `step.make_step`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run that has been checked and opened; nothing of it is written yet."""
+
+    folder: Path
+    mode: Mode
+    config: Any                # what is saved of it: a frozen dataclass
+    files: dict[str, bytes]    # of the tokenizer and the chat template
+    mesh: Mesh
+    learning: Learning
+    batches: Batches
+    evaluate: Callable[[Any, int], tuple[dict[str, float], str]]
+    loop: LoopConfig
+    checkpoint: CheckpointConfig
+    seed: int
+    flops: float               # of a token, forward and backward
+    dtype: str                 # of activations
+    summary: str               # for the log
+
+
+def mode_of(*, resume: bool, overwrite: bool) -> Mode:
+    """How a run treats its folder."""
+    return "resume" if resume else "overwrite" if overwrite else "new"
+
+
+def facts(run: Run) -> dict[str, str]:
+    """What must be the same in all processes."""
+    digest = hashlib.sha256(repr(sorted(run.files.items())).encode()).hexdigest()
+    return {"mode": run.mode, "configuration": json.dumps(flags.to_json(run.config)), "tokenizer": digest,
+            "data": json.dumps([source.fingerprint() for source in run.batches.sources])}
+
+
+def claim(run: Run) -> None:
+    """Makes the folder of a new run: from here on an old one is gone. A resumed run writes its changed settings."""
+    if not is_primary():
+        return
+    if run.mode != "resume":
+        clear_folder(run.folder)
+        (run.folder / "tokenizer").mkdir()
+        for name, content in run.files.items():
+            (run.folder / "tokenizer" / name).write_bytes(content)
+    flags.save_config(run.config, run.folder / "config.json")
+
+
+def start(run: Run, checkpointer: Checkpointer) -> TrainState:
+    """The state to train from: the newest checkpoint, given weights, or random ones."""
+    part = run.learning
+    if run.mode == "resume":
+        state = checkpointer.restore(abstract_state(part.init, part.tx, run.mesh, part.rules), run.batches)
+        log.info("resumed at step %d", int(state.step))
+        return state
+    if part.params is not None:
+        return state_of(part.params, part.tx, run.mesh, part.rules)
+    return init_state(part.init, part.tx, derive(run.seed, "init"), run.mesh, part.rules)
+
+
+def train(run: Run, ledger: Ledger) -> bool:
+    """Runs to the end (True), or to a signal."""
+    mesh = run.mesh
+    checkpointer = Checkpointer(run.folder, run.checkpoint, flags.to_json(run.config), run.files)
+    state = start(run, checkpointer)
+    peak, peak_text = peak_flops(run.dtype)
+    total = count_parameters(state.params)
+    trained = total if run.learning.trainable is None else count_parameters(
+        select(state.params, run.learning.trainable))
+    log.info("%s parameters, %s of them trained (%.2f %%), mesh %s, %d processes, %s", human_count(total),
+             human_count(trained), 100 * trained / total, dict(mesh.shape), jax.process_count(), run.summary)
+    log.info("MFU: %s FLOPs a token, peak %s", human_count(run.flops), peak_text)
+    with contextlib.ExitStack() as stack:
+        metric_log = MetricLog(run.folder, active=is_primary())
+        for part in (run.batches, metric_log, checkpointer):
+            stack.callback(part.close)
+        _, finished = fit(
+            state, run.learning.step, run.batches, mesh=mesh, config=run.loop, checkpointer=checkpointer,
+            metric_log=metric_log, ledger=ledger, flops_ratio=run.flops / (peak * mesh.size), evaluate=run.evaluate)
+    log.info("data: %s", ", ".join(f"{name} {value:.3g}" for name, value in run.batches.stats().items()))
+    if is_primary():
+        plot_curves(run.folder / "metrics.jsonl", run.folder / "curves.png")
+    log.info("run folder: %s", run.folder)
+    return finished
+
+
+def launch(config: DistributedConfig, prepare: Callable[[], Run], ledger: Ledger) -> None:
+    """Joins the other processes, prepares, trains. SystemExit with status `STOPPED` if a signal ended the run."""
+    setup_logging(config.process_id or 0)
+    distributed.start(config)
+    setup_logging(jax.process_index())
+    run = distributed.together(prepare, facts)
+    distributed.together(lambda: claim(run))
+    distributed.together(lambda: check_shared(run.folder))
+    if not train(run, ledger):
+        raise SystemExit(STOPPED)
