@@ -38,7 +38,6 @@ from jaxlm.core.distributed import DistributedConfig, is_primary
 from jaxlm.core.log import MetricLog, human_count, setup_logging
 from jaxlm.core.mesh import BATCH, MeshConfig, make_mesh
 from jaxlm.core.tree import count_parameters
-from jaxlm.data.chat_template import hermes
 from jaxlm.generate.engine import Engine, EngineConfig
 from jaxlm.model.config import ComputeConfig, ModelConfig, flops_per_token
 from jaxlm.model.decoder import build
@@ -50,7 +49,7 @@ from jaxlm.optim.schedule import ScheduleConfig, make_schedule
 from jaxlm.reward.compose import RewardConfig, compose
 from jaxlm.reward.presets import PRESETS as REWARDS
 from jaxlm.reward.trajectory import Trajectory
-from jaxlm.rl.env import Dialogue, EnvConfig, ToolEnv
+from jaxlm.rl.env import Dialogue, EnvConfig, ToolEnv, episode_template
 from jaxlm.rl.evaluation import EvalSet, greedy, make_eval_set, make_evaluation
 from jaxlm.rl.learner import BatchConfig, PolicyLearner, Scene
 from jaxlm.rl.loop import PHASES, Progress, RLLoopConfig, fit_rl
@@ -93,7 +92,6 @@ class Config:
     env: EnvConfig = field(default_factory=EnvConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
     reward: RewardConfig = REWARDS["mentor"]
     objective: PolicyConfig = ALGORITHMS["mentor"]
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -101,7 +99,6 @@ class Config:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     loop: RLLoopConfig = field(default_factory=RLLoopConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    loss_chunks: int = 1                  # parts of a row whose logits exist at once
     seed: int = 42
     folder: Path = Path("runs/rl")
     resume: bool = False
@@ -111,9 +108,8 @@ class Config:
 
 _SMOKE = Config(
     env=EnvConfig(max_turns=4, observation="template"),
-    rollout=RolloutConfig(max_prompt=160, max_response=160),
-    batch=BatchConfig(prompts=8, samples=8, micro_rows=8, seq_len=320),
-    engine=EngineConfig(batch_size=32),
+    rollout=RolloutConfig(max_prompt=240, max_response=200, engine=EngineConfig(batch_size=32)),
+    batch=BatchConfig(prompts=8, samples=8, micro_rows=8),
     optim=OptimConfig(lr=1e-4, schedule=ScheduleConfig(warmup=0.0)),
     loop=RLLoopConfig(iterations=20, eval_every=10),
     checkpoint=CheckpointConfig(every=10),
@@ -121,14 +117,13 @@ _SMOKE = Config(
 _MENTOR = Config(
     model=MODELS["qwen2_5_7b"],
     compute=ComputeConfig(dtype="bfloat16", remat="dots_no_batch"),
-    rollout=RolloutConfig(temperature=0.6, top_k=20, top_p=0.99, max_prompt=1536, max_response=8192),
-    batch=BatchConfig(prompts=32, samples=10, minibatches=4, micro_rows=8, seq_len=9728),
-    engine=EngineConfig(batch_size=320, cache_dtype="bfloat16"),
+    rollout=RolloutConfig(temperature=0.6, top_k=20, top_p=0.99, max_prompt=1536, max_response=8192,
+                          engine=EngineConfig(batch_size=320, cache_dtype="bfloat16")),
+    batch=BatchConfig(prompts=32, samples=10, minibatches=4, micro_rows=8, seq_len=9728, loss_chunks=16),
     optim=OptimConfig(lr=1e-6, beta2=0.999, weight_decay=0.01, schedule=ScheduleConfig(warmup=0.0)),
     mesh=MeshConfig(data=1, fsdp=-1),
     loop=RLLoopConfig(iterations=1000, eval_every=10),
     checkpoint=CheckpointConfig(every=10),
-    loss_chunks=16,
 )
 PRESETS = {
     "smoke": _SMOKE,
@@ -175,7 +170,7 @@ def prepare(config: Config) -> Prepared:
     train, tools = open_task_set((*config.tasks.train, *config.tasks.held_out))
     held_out = {spec.partition("?")[0]: open_task_set((spec,)).tasks for spec in config.tasks.held_out}
     train = train[:len(train) - sum(map(len, held_out.values()))]
-    template = opened.chat or hermes(opened.tokenizer)
+    template = episode_template(config.env, opened.chat, opened.tokenizer)
     dialogue = Dialogue(tools, template, opened.tokenizer, config.env)
     prompts = make_prompts(dialogue, train, config.rollout.max_prompt)
     if len(prompts) < len(train):
@@ -221,8 +216,8 @@ def check(config: Config, mesh: Mesh) -> None:
     if batch.micro_rows % devices:
         raise ValueError(f"batch.micro_rows {batch.micro_rows} does not divide over the {devices} devices that split "
                          "rows")
-    if (batch.seq_len or longest) % config.loss_chunks:
-        raise ValueError(f"loss_chunks {config.loss_chunks} does not divide the row of {batch.seq_len or longest}")
+    if (batch.seq_len or longest) % batch.loss_chunks:
+        raise ValueError(f"batch.loss_chunks {batch.loss_chunks} does not divide a row of {batch.seq_len or longest}")
 
 
 def make_tx(config: Config) -> optax.GradientTransformation:
@@ -266,10 +261,10 @@ def make_learner(run: Prepared, reference: Any) -> PolicyLearner:
     model = build(config.model, config.compute)
     schedule = make_schedule(config.optim.schedule, config.optim.lr, num_updates(config))
     return PolicyLearner(
-        Policy(model, config.rollout.temperature, config.loss_chunks, tokenizer.vocab_size),
-        Engine(model=model, params=None, eos_id=tokenizer.eos_id, tokenizer=tokenizer, config=config.engine), run.scene,
-        config.objective, rollouts=config.rollout, batch=config.batch, tx=run.tx, schedule=schedule, mesh=run.mesh,
-        rules=RULES, seed=config.seed, reference=reference, teacher=scoring_teacher(run))
+        Policy(model, config.rollout.temperature, config.batch.loss_chunks, tokenizer.vocab_size),
+        Engine(model=model, params=None, eos_id=tokenizer.eos_id, tokenizer=tokenizer, config=config.rollout.engine),
+        run.scene, config.objective, rollouts=config.rollout, batch=config.batch, tx=run.tx, schedule=schedule,
+        mesh=run.mesh, rules=RULES, seed=config.seed, reference=reference, teacher=scoring_teacher(run))
 
 
 def scoring_teacher(run: Prepared) -> tuple[Policy, Any] | None:
@@ -279,13 +274,13 @@ def scoring_teacher(run: Prepared) -> tuple[Policy, Any] | None:
         return None
     params = load_weights(Path(config.teacher), run.teacher, put=on_mesh(run.mesh)).params
     model = build(run.teacher.config, config.compute)
-    return Policy(model, config.rollout.temperature, config.loss_chunks, run.opened.tokenizer.vocab_size), params
+    return Policy(model, config.rollout.temperature, config.batch.loss_chunks, run.opened.tokenizer.vocab_size), params
 
 
 def train(run: Prepared, ledger: Ledger) -> bool:
     """Runs to the end (True), or to a signal."""
     config = run.config
-    template = run.opened.chat or hermes(run.opened.tokenizer)
+    template = episode_template(config.env, run.opened.chat, run.opened.tokenizer)
     checkpointer = Checkpointer(config.folder, config.checkpoint, flags.to_json(lasting(config)),
                                 run.opened.tokenizer.files() | template.files())
     progress, needs_reference = Progress(), bool(config.objective.kl.coefficient)
@@ -322,7 +317,7 @@ def step_program(config: Config, mesh: Mesh, accumulate: int) -> tuple[Step, tup
     ids, number = leaf(dtype=jnp.int32), leaf(dtype=jnp.float32)
     rows = Rows(ids, ids, number, ids, ids, number, number, ids)
     tokens = PolicyTokens(number, number, number, ids, ref_logp=number)
-    policy = Policy(model, config.rollout.temperature, config.loss_chunks)
+    policy = Policy(model, config.rollout.temperature, config.batch.loss_chunks)
     schedule = optax.constant_schedule(config.optim.lr)
     step = make_step(make_policy_loss(policy, config.objective), tx, schedule, mesh=mesh, rules=RULES,
                      accumulate=accumulate, seed=config.seed)

@@ -41,7 +41,7 @@ from jaxlm.data.chat_examples import (
     train_chat_tokenizer,
     with_bos,
 )
-from jaxlm.data.chat_template import TEMPLATES, ChatTemplate, chat_template_from_files
+from jaxlm.data.chat_template import TEMPLATES, ChatTemplate, chat_template_from_files, named_template
 from jaxlm.data.conversations import ConversationsConfig, open_corpora
 from jaxlm.data.examples import excluded_ids
 from jaxlm.data.pipeline import PipelineConfig, resolve_shards
@@ -182,21 +182,9 @@ def open_init(config: Config) -> tuple[Config, Pretrained | None]:
     return replace(config, model=opened.config), opened
 
 
-def given_template(name: str) -> ChatTemplate | None:
-    """The template that a flag names, None for an empty one."""
-    if not name:
-        return None
-    if name in TEMPLATES:
-        return ChatTemplate(TEMPLATES[name])
-    if not Path(name).is_file():
-        raise ValueError(f"--template {name} is neither a file nor one of {', '.join(TEMPLATES)}"
-                         f"{flags.nearest(name, TEMPLATES)}")
-    return ChatTemplate(Path(name).read_text(encoding="utf-8"))
-
-
 def open_language(config: Config, opened: Pretrained | None, sources: Sequence[Source]) -> Language:
     """The tokenizer and template of `init`, or those that flags name, or a tokenizer trained on the conversations."""
-    template = given_template(config.template) or (opened and opened.chat) or ChatTemplate(TEMPLATES["chatml"])
+    template = named_template(config.template) or (opened and opened.chat) or ChatTemplate(TEMPLATES["chatml"])
     if opened is not None and opened.tokenizer is not None:
         tokenizer = opened.tokenizer
     elif config.tokenizer.path != "train":

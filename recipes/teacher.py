@@ -19,8 +19,7 @@ import jax.numpy as jnp
 
 from jaxlm.core import config as flags
 from jaxlm.core.log import setup_logging
-from jaxlm.data.chat_template import hermes
-from jaxlm.generate.engine import Engine, EngineConfig
+from jaxlm.generate.engine import Engine
 from jaxlm.generate.requests import Report
 from jaxlm.generate.results import Results
 from jaxlm.model.config import ComputeConfig
@@ -28,7 +27,7 @@ from jaxlm.model.decoder import build
 from jaxlm.reward.compose import compose
 from jaxlm.reward.presets import PRESETS as REWARDS
 from jaxlm.reward.trajectory import Trajectory
-from jaxlm.rl.env import Dialogue, EnvConfig, ToolEnv
+from jaxlm.rl.env import Dialogue, EnvConfig, ToolEnv, episode_template
 from jaxlm.rl.rollout import Attempt, RolloutConfig, make_prompts, rollout
 from jaxlm.rl.score import score
 from jaxlm.rl.task_set import open_task_set
@@ -51,7 +50,6 @@ class Config:
     chunk: int = 64                     # tasks between two looks at the disk
     env: EnvConfig = field(default_factory=EnvConfig)
     rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(temperature=0.6, top_p=0.95, top_k=20))
-    engine: EngineConfig = field(default_factory=EngineConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     seed: int = 42
 
@@ -71,7 +69,7 @@ def run(config: Config) -> None:
     if opened.tokenizer is None:
         raise ValueError(f"--source {config.source} has no tokenizer")
     tasks, tools = open_task_set(config.tasks)
-    dialogue = Dialogue(tools, opened.chat or hermes(opened.tokenizer), opened.tokenizer, config.env)
+    dialogue = Dialogue(tools, episode_template(config.env, opened.chat, opened.tokenizer), opened.tokenizer, config.env)
     prompts = make_prompts(dialogue, tasks, config.rollout.max_prompt)
     log.info("%d tasks, %d of them with a prompt of at most %d tokens", len(tasks), len(prompts),
              config.rollout.max_prompt)
@@ -93,7 +91,7 @@ def _attempt_all(config, opened, tasks, prompts, tools, dialogue, results: Resul
     """Chunk by chunk, those that are missing."""
     loaded = load_weights(config.source, opened)
     engine = Engine(model=build(opened.config, config.compute), params=jax.tree.map(jnp.asarray, loaded.params),
-                    eos_id=opened.tokenizer.eos_id, tokenizer=opened.tokenizer, config=config.engine)
+                    eos_id=opened.tokenizer.eos_id, tokenizer=opened.tokenizer, config=config.rollout.engine)
     reward, names, report = compose(REWARDS["sparse"], Trajectory._fields), [tool.name for tool in tools], Report()
     numbers, done = list(prompts), {record["chunk"] for record in results.records}
     with ToolEnv(tools, config.env) as env:

@@ -16,8 +16,8 @@ from tests.tiny_chat import MODEL, json_tokenizer, tiny_folder
 
 WORDS = "words:train?count=12&num_tools=4&max_calls=1"
 SMALL = ["--rollout.max-prompt", "400", "--rollout.max-response", "24", "--batch.prompts", "2", "--batch.samples", "2",
-         "--batch.seq-len", "430", "--batch.micro-rows", "8", "--engine.batch-size", "8", "--loop.iterations", "2",
-         "--tasks.train", WORDS, "--tasks.held-out", "words:unseen?count=2&num_tools=5&max_calls=1",
+         "--batch.seq-len", "430", "--batch.micro-rows", "8", "--rollout.engine.batch-size", "8",
+         "--loop.iterations", "2", "--tasks.train", WORDS, "--tasks.held-out", "words:unseen?count=2&num_tools=5&max_calls=1",
          "--checkpoint.every", "1", "--loop.eval-every", "2", "--loop.pages-every", "1"]
 
 
@@ -64,6 +64,8 @@ def test_a_run_from_flags_to_files(student, tmp_path, capsys):
     (("--init", "STUDENT", "--tasks.train", "missing.jsonl"), "missing.jsonl"),
     (("--init", "STUDENT", "--teacher", "STUDENT"), "give both or none"),
     (("--preset", "mentro"), "did you mean 'mentor'"),
+    (("--init", "STUDENT", "--env.template", "hermse"), "did you mean 'hermes'"),
+    (("--init", "STUDENT", "--env.template", "chatml"), "shows no tools"),
     (("--init", "STUDENT", "--env.question", "no place"), "{question}"),
     (("--init", "STUDENT", "--batch.minibatches", "3"), "do not divide into 3 minibatches"),
     (("--init", "STUDENT", "--batch.micro-rows", "3"), "batch.micro_rows 3 does not divide over the 8 devices"),

@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 from jinja2 import ext, nodes, sandbox
 
+from jaxlm.core.config import nearest
 from jaxlm.data.tokenizer import JSON_NAMES_FILE, Tokenizer
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -85,6 +86,18 @@ class ChatTemplate:
     def files(self) -> dict[str, bytes]:
         """The template as the file that `chat_template_from_files` reads."""
         return {TEMPLATE_FILE: self.source.encode("utf-8")}
+
+
+def named_template(name: str) -> ChatTemplate | None:
+    """One of `TEMPLATES`, or a Jinja file; None for an empty name. ValueError for what is neither."""
+    if not name:
+        return None
+    if name in TEMPLATES:
+        return ChatTemplate(TEMPLATES[name])
+    if not Path(name).is_file():
+        raise ValueError(f"template {name} is neither a file nor one of {', '.join(TEMPLATES)}"
+                         f"{nearest(name, TEMPLATES)}")
+    return ChatTemplate(Path(name).read_text(encoding="utf-8"))
 
 
 def load_chat_template(folder: str | Path) -> ChatTemplate | None:

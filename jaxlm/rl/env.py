@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from jaxlm.core.config import nearest
 from jaxlm.data.chat import chat_ids
-from jaxlm.data.chat_template import ChatTemplate
+from jaxlm.data.chat_template import ChatTemplate, hermes, named_template
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.rl.calls import Bridge, Call, Observation, ObservationFormat, ParseError, end_of_turn, parse_calls
 from jaxlm.rl.task import Task
@@ -42,6 +42,7 @@ class EnvConfig:
     observation: ObservationFormat = "template"
     think: bool = False                          # turns after an observation are made to start with <think>
     question: str = "{question}"                 # the user's message
+    template: str = ""                           # `data.chat_template.named_template`; empty: the model's own
 
     def __post_init__(self) -> None:
         for name, valid, wanted in (
@@ -221,6 +222,11 @@ class Dialogue:
     def _start(self, text: str, num_tokens: int) -> str:
         spans = self._tokenizer.encode_spans(text)[1]
         return text if len(spans) <= num_tokens else text[:spans[num_tokens][0]] + CUT
+
+
+def episode_template(config: EnvConfig, own: ChatTemplate | None, tokenizer: Tokenizer) -> ChatTemplate:
+    """The template that a configuration names, else the model's own, else `HERMES`. ValueError for an unknown name."""
+    return named_template(config.template) or own or hermes(tokenizer)
 
 
 def check_tools(task: Task, tools: Mapping[str, Tool]) -> None:

@@ -56,11 +56,12 @@ class BatchConfig:
     epochs: int = 1                # times that all attempts are learnt from
     micro_rows: int = 8            # packed rows whose gradients are computed at once
     seq_len: int | None = None     # tokens of a packed row; None: those of the longest attempt that may be
+    loss_chunks: int = 1           # parts of a row whose logits exist at once
     dynamic: bool = False          # draw prompts until as many as asked have attempts of different rewards (DAPO)
     max_draws: int = 4             # dynamic: times that prompts are drawn in an iteration
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "samples", "minibatches", "epochs", "micro_rows", "max_draws"):
+        for name in ("prompts", "samples", "minibatches", "epochs", "micro_rows", "loss_chunks", "max_draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"batch.{name} must be at least 1, got {getattr(self, name)}")
         if self.prompts % self.minibatches:

@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxlm.generate.engine import Engine, serve
+from jaxlm.generate.engine import Engine, EngineConfig, serve
 from jaxlm.generate.requests import Completion, Report, Turn
 from jaxlm.generate.settings import SamplingConfig
 from jaxlm.rl.env import Dialogue, EnvState, ToolEnv, cut_off
@@ -29,6 +29,7 @@ class RolloutConfig:
     max_prompt: int = 512         # tokens; tasks with a longer prompt are left out, and counted
     max_response: int = 512       # tokens of all turns and observations of an attempt
     max_turn: int | None = None   # tokens of one turn; None: what is left
+    engine: EngineConfig = field(default_factory=EngineConfig)  # how attempts share the device
 
     def __post_init__(self) -> None:
         for name in ("max_prompt", "max_response", "max_turn"):

@@ -45,7 +45,7 @@ class Pretrained(NamedTuple):
     lora: LoraConfig = LoraConfig()         # adapters beside the weights of a run, which loading merges
 
 
-def load_pretrained(source: Path, *, dtype: Any = jnp.float32, put: Put | None = None) -> Pretrained:
+def load_pretrained(source: str | Path, *, dtype: Any = jnp.float32, put: Put | None = None) -> Pretrained:
     """Reads any of the three kinds; see `load_weights` for the arguments.
 
     ValueError when `source` is none of them or damaged, and when its tokenizer has more tokens than its embedding.
@@ -53,8 +53,9 @@ def load_pretrained(source: Path, *, dtype: Any = jnp.float32, put: Put | None =
     return load_weights(source, open_pretrained(source), dtype=dtype, put=put)
 
 
-def open_pretrained(source: Path) -> Pretrained:
+def open_pretrained(source: str | Path) -> Pretrained:
     """All but the weights, for checks that need not wait for them; a GGUF file comes with them, as numpy arrays."""
+    source = Path(source)
     if source.suffix == ".gguf":
         config, params = load_gguf(source)
         tokenizer = JsonTokenizer(gguf_tokenizer_json(source).encode(), **gguf_special_tokens(source))
@@ -82,13 +83,16 @@ def open_pretrained(source: Path) -> Pretrained:
     return found
 
 
-def load_weights(source: Path, opened: Pretrained, *, dtype: Any = jnp.float32, put: Put | None = None) -> Pretrained:
+def load_weights(
+    source: str | Path, opened: Pretrained, *, dtype: Any = jnp.float32, put: Put | None = None,
+) -> Pretrained:
     """What `open_pretrained` found, with its weights.
 
     Args:
       dtype: of the parameters. put: path and leaf to the leaf in the tree, `quantize_leaf` for example; without it
         leaves of folders and files are numpy arrays, and those of a run lie on this process's first device.
     """
+    source = Path(source)
     if opened.params is None and not (source / "checkpoints").is_dir():
         return opened._replace(params=load_hf(source, dtype=dtype, put=put)[1])
     params = opened.params
