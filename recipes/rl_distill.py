@@ -20,7 +20,7 @@ public; embedded tasks take their place.
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,22 +28,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from jaxlm.core import config as flags
 from jaxlm.core import distributed
 from jaxlm.core.distributed import DistributedConfig, is_primary
 from jaxlm.core.log import MetricLog, human_count, setup_logging
-from jaxlm.core.mesh import BATCH, MeshConfig, make_mesh
+from jaxlm.core.mesh import MeshConfig, make_mesh
 from jaxlm.core.tree import count_parameters
 from jaxlm.generate.engine import Engine, EngineConfig
-from jaxlm.model.config import ComputeConfig, ModelConfig, flops_per_token
+from jaxlm.model.config import ComputeConfig, ModelConfig
 from jaxlm.model.decoder import build
-from jaxlm.model.partition import PARAM_RULES
 from jaxlm.model.presets import MODELS
-from jaxlm.objective.algorithm import ALGORITHMS, PolicyConfig, PolicyTokens
+from jaxlm.objective.algorithm import ALGORITHMS, PolicyConfig
 from jaxlm.optim.optimizer import OptimConfig, make_optimizer
 from jaxlm.optim.schedule import ScheduleConfig, make_schedule
 from jaxlm.reward.compose import RewardConfig, compose
@@ -53,22 +51,22 @@ from jaxlm.rl.env import Dialogue, EnvConfig, ToolEnv, episode_template
 from jaxlm.rl.evaluation import EvalSet, greedy, make_eval_set, make_evaluation
 from jaxlm.rl.learner import BatchConfig, PolicyLearner, Scene
 from jaxlm.rl.loop import PHASES, Progress, RLLoopConfig, fit_rl
-from jaxlm.rl.pack import Rows
+from jaxlm.rl.plan import update_program, update_work
+from jaxlm.rl.policy_params import RULES, abstract_policy, load_policy
 from jaxlm.rl.rollout import RolloutConfig, make_prompts
+from jaxlm.rl.settings import check_settings, num_rows
 from jaxlm.rl.task_set import open_task_set
-from jaxlm.rl.update import VALUE, VALUE_RULE, LearnBatch, Policy, make_policy_loss
+from jaxlm.rl.update import Policy
 from jaxlm.train.checkpoint import CheckpointConfig, Checkpointer
 from jaxlm.train.chips import parse_topology
 from jaxlm.train.folder import check_folder, check_resumable, check_shared, clear_folder
 from jaxlm.train.loop import STOPPED, NonFiniteError
 from jaxlm.train.measure import Ledger
-from jaxlm.train.plan import Work, plan_report
-from jaxlm.train.pretrained import Pretrained, load_weights, open_pretrained
-from jaxlm.train.state import TrainState, abstract_state, place_leaf, state_of
-from jaxlm.train.step import Step, make_step
+from jaxlm.train.plan import plan_report
+from jaxlm.train.pretrained import Pretrained, open_pretrained
+from jaxlm.train.state import state_of
 
 PROG = "recipes.rl_distill"
-RULES = (*PARAM_RULES, VALUE_RULE)
 log = logging.getLogger(PROG)
 
 
@@ -138,7 +136,9 @@ class Prepared(NamedTuple):
     config: Config
     mesh: Mesh
     opened: Pretrained
-    teacher: Pretrained | None
+    params: Any                # the student's, on the mesh, with a value head where the objective needs one
+    reference: Any             # those that a KL keeps to, or None
+    teacher: tuple[Policy, Any] | None
     tx: optax.GradientTransformation
     scene: Scene
     sets: dict[str, EvalSet]
@@ -155,21 +155,23 @@ def prepare(config: Config) -> Prepared:
     if not config.init:
         raise ValueError("--init names the student: a run folder (recipes.sft makes one), a Hugging Face folder or a "
                          ".gguf file")
+    for name in ("init", "teacher"):
+        if getattr(config, name) and Path(getattr(config, name)).resolve() == config.folder.resolve():
+            raise ValueError(f"--{name} and --folder are the same folder, {config.folder}; this run needs its own")
     mesh = make_mesh(config.mesh)
-    opened = open_pretrained(Path(config.init))
-    if opened.tokenizer is None:
-        raise ValueError(f"--init {config.init} has no tokenizer")
-    config = replace(config, model=opened.config)
+    config, opened = open_init(config)
     if config.resume:
         saved = flags.load_config(Config, config.folder / "config.json")
-        check_resumable(saved, lasting(config), fixed=(
+        check_resumable(compared(saved), compared(config), fixed=(
             "init", "teacher", "model", "tasks", "env", "rollout", "batch", "reward", "objective", "seed"),
             ignored=("folder",))
-    check(config, mesh)
+    check_settings(config.model, config.compute, config.rollout, config.batch, config.objective, config.reward, mesh)
     teacher = open_teacher(config, opened)
-    train, tools = open_task_set((*config.tasks.train, *config.tasks.held_out))
-    held_out = {spec.partition("?")[0]: open_task_set((spec,)).tasks for spec in config.tasks.held_out}
-    train = train[:len(train) - sum(map(len, held_out.values()))]
+    every, tools = open_task_set((*config.tasks.train, *config.tasks.held_out))
+    train = every[:len(open_task_set(config.tasks.train).tasks)]
+    names = [spec.partition("?")[0] for spec in config.tasks.held_out]
+    names = names if len(set(names)) == len(names) else list(config.tasks.held_out)
+    held_out = {name: open_task_set((spec,)).tasks for name, spec in zip(names, config.tasks.held_out, strict=True)}
     template = episode_template(config.env, opened.chat, opened.tokenizer)
     dialogue = Dialogue(tools, template, opened.tokenizer, config.env)
     prompts = make_prompts(dialogue, train, config.rollout.max_prompt)
@@ -181,7 +183,32 @@ def prepare(config: Config) -> Prepared:
         raise ValueError(f"{len(prompts)} tasks are fewer than batch.prompts {config.batch.prompts}")
     scene = Scene(train, prompts, ToolEnv(tools, config.env), dialogue, compose(config.reward, Trajectory._fields),
                   tuple(term.weight for term in config.reward.terms))
-    return Prepared(config, mesh, opened, teacher, make_tx(config), scene, sets)
+    tx = make_tx(config)
+    value_head = config.objective.advantage == "gae"
+    abstract_policy(config.model, tx, mesh, value_head)  # the mesh must divide every parameter
+    params = load_policy(config.init, opened, mesh, value_head)
+    reference = None
+    if config.objective.kl.coefficient:  # a new run trains, and gives away, its own copy
+        reference = params if config.resume else jax.tree.map(jnp.copy, params)
+    return Prepared(config, mesh, opened._replace(params=None), None if config.resume else params, reference,
+                    scoring_teacher(config, opened, teacher, mesh), tx, scene, sets)
+
+
+def open_init(config: Config) -> tuple[Config, Pretrained]:
+    """The student without its weights, and the configuration with its model."""
+    opened = open_pretrained(Path(config.init))
+    if opened.tokenizer is None:
+        raise ValueError(f"--init {config.init} has no tokenizer")
+    if not config.resume and config.model not in (opened.config, *(preset.model for preset in PRESETS.values())):
+        raise ValueError("--init brings its own model configuration; leave out the --model flags")
+    return replace(config, model=opened.config), opened
+
+
+def compared(config: Config) -> Config:
+    """What a resumed run must share: without what changes its speed and memory only."""
+    same = PRESETS["smoke"]
+    return replace(lasting(config), rollout=replace(config.rollout, engine=same.rollout.engine),
+                   batch=replace(config.batch, micro_rows=1, loss_chunks=1))
 
 
 def open_teacher(config: Config, opened: Pretrained) -> Pretrained | None:
@@ -198,28 +225,6 @@ def open_teacher(config: Config, opened: Pretrained) -> Pretrained | None:
     return teacher
 
 
-def check(config: Config, mesh: Mesh) -> None:
-    """ValueError for settings that do not fit together."""
-    rollout, batch = config.rollout, config.batch
-    longest = rollout.max_prompt + rollout.max_response
-    if rollout.temperature == 0:
-        raise ValueError("rollout.temperature 0 makes all attempts at a prompt equal: nothing could be learnt")
-    if batch.samples < 2 and config.objective.advantage not in ("gae", "reinforce_plus_plus"):
-        raise ValueError(f"batch.samples 1 leaves nothing to compare for advantage {config.objective.advantage}")
-    if longest > config.model.max_positions:
-        raise ValueError(f"rollout.max_prompt {rollout.max_prompt} and max_response {rollout.max_response} are more "
-                         f"than the model's {config.model.max_positions} positions")
-    if (batch.seq_len or longest) < longest:
-        raise ValueError(f"batch.seq_len {batch.seq_len} cannot hold rollout.max_prompt {rollout.max_prompt} and "
-                         f"max_response {rollout.max_response}")
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch.micro_rows % devices:
-        raise ValueError(f"batch.micro_rows {batch.micro_rows} does not divide over the {devices} devices that split "
-                         "rows")
-    if (batch.seq_len or longest) % batch.loss_chunks:
-        raise ValueError(f"batch.loss_chunks {batch.loss_chunks} does not divide a row of {batch.seq_len or longest}")
-
-
 def make_tx(config: Config) -> optax.GradientTransformation:
     """The optimizer over all updates of the run."""
     return make_optimizer(config.optim, num_updates(config))
@@ -230,32 +235,7 @@ def num_updates(config: Config) -> int:
     return config.loop.iterations * config.batch.minibatches * config.batch.epochs
 
 
-def on_mesh(mesh: Mesh) -> Callable[[str, Any], jax.Array]:
-    """Places a leaf by its path."""
-    return lambda path, leaf: place_leaf(path, np.asarray(leaf), mesh=mesh, rules=RULES)
-
-
-def initial(run: Prepared) -> Any:
-    """The student's parameters on the mesh, with a value head where the objective needs one."""
-    put = on_mesh(run.mesh)
-    params = load_weights(Path(run.config.init), run.opened, put=put).params
-    if run.config.objective.advantage == "gae":
-        kernel = np.zeros((run.config.model.d_model, 1), np.float32)
-        params = {**params, VALUE: {"kernel": put(f"{VALUE}/kernel", kernel)}}
-    return params
-
-
-def abstract(run: Prepared) -> TrainState:
-    """Shapes and shardings of the state."""
-    def init(key: jax.Array) -> Any:
-        params = build(run.config.model).init(key)
-        value = {VALUE: {"kernel": jnp.zeros((run.config.model.d_model, 1))}}
-        return params | (value if run.config.objective.advantage == "gae" else {})
-
-    return abstract_state(init, run.tx, run.mesh, RULES)
-
-
-def make_learner(run: Prepared, reference: Any) -> PolicyLearner:
+def make_learner(run: Prepared) -> PolicyLearner:
     """The parts of the loop."""
     config, tokenizer = run.config, run.opened.tokenizer
     model = build(config.model, config.compute)
@@ -264,17 +244,18 @@ def make_learner(run: Prepared, reference: Any) -> PolicyLearner:
         Policy(model, config.rollout.temperature, config.batch.loss_chunks, tokenizer.vocab_size),
         Engine(model=model, params=None, eos_id=tokenizer.eos_id, tokenizer=tokenizer, config=config.rollout.engine),
         run.scene, config.objective, rollouts=config.rollout, batch=config.batch, tx=run.tx, schedule=schedule,
-        mesh=run.mesh, rules=RULES, seed=config.seed, reference=reference, teacher=scoring_teacher(run))
+        mesh=run.mesh, rules=RULES, seed=config.seed, reference=run.reference, teacher=run.teacher)
 
 
-def scoring_teacher(run: Prepared) -> tuple[Policy, Any] | None:
+def scoring_teacher(
+    config: Config, opened: Pretrained, teacher: Pretrained | None, mesh: Mesh,
+) -> tuple[Policy, Any] | None:
     """The teacher with its weights on the mesh."""
-    config = run.config
-    if run.teacher is None:
+    if teacher is None:
         return None
-    params = load_weights(Path(config.teacher), run.teacher, put=on_mesh(run.mesh)).params
-    model = build(run.teacher.config, config.compute)
-    return Policy(model, config.rollout.temperature, config.batch.loss_chunks, run.opened.tokenizer.vocab_size), params
+    params = load_policy(config.teacher, teacher, mesh, False)
+    model = build(teacher.config, config.compute)
+    return Policy(model, config.rollout.temperature, config.batch.loss_chunks, opened.tokenizer.vocab_size), params
 
 
 def train(run: Prepared, ledger: Ledger) -> bool:
@@ -283,15 +264,14 @@ def train(run: Prepared, ledger: Ledger) -> bool:
     template = episode_template(config.env, run.opened.chat, run.opened.tokenizer)
     checkpointer = Checkpointer(config.folder, config.checkpoint, flags.to_json(lasting(config)),
                                 run.opened.tokenizer.files() | template.files())
-    progress, needs_reference = Progress(), bool(config.objective.kl.coefficient)
-    params = initial(run) if needs_reference or not config.resume else None
-    reference = jax.tree.map(jnp.copy, params) if needs_reference else None
+    progress = Progress()
     if config.resume:
-        state = checkpointer.restore(abstract(run), progress)
+        state = checkpointer.restore(
+            abstract_policy(config.model, run.tx, run.mesh, config.objective.advantage == "gae"), progress)
         log.info("resumed at iteration %d", progress.iteration)
     else:
-        state = state_of(params, run.tx, run.mesh, RULES)
-    learner = make_learner(run, reference)
+        state = state_of(run.params, run.tx, run.mesh, RULES)  # run.params are given away
+    learner = make_learner(run)
     log.info("%s parameters, %d tasks, %d tools, mesh %s, %d processes", human_count(count_parameters(state.params)),
              len(run.scene.prompts), len(run.scene.env.tools), dict(run.mesh.shape), jax.process_count())
     with contextlib.ExitStack() as stack:
@@ -308,26 +288,13 @@ def train(run: Prepared, ledger: Ledger) -> bool:
     return finished
 
 
-def step_program(config: Config, mesh: Mesh, accumulate: int) -> tuple[Step, tuple[TrainState, LearnBatch]]:
-    """An update and the shapes of its arguments: as many full rows as attempts, on devices that need not be here."""
-    check(config, mesh)
-    model, tx = build(config.model, config.compute), make_tx(config)
-    count = config.batch.prompts * config.batch.samples // config.batch.minibatches
-    leaf = partial(jax.ShapeDtypeStruct, (count, config.batch.seq_len), sharding=NamedSharding(mesh, BATCH))
-    ids, number = leaf(dtype=jnp.int32), leaf(dtype=jnp.float32)
-    rows = Rows(ids, ids, number, ids, ids, number, number, ids)
-    tokens = PolicyTokens(number, number, number, ids, ref_logp=number)
-    policy = Policy(model, config.rollout.temperature, config.batch.loss_chunks)
-    schedule = optax.constant_schedule(config.optim.lr)
-    step = make_step(make_policy_loss(policy, config.objective), tx, schedule, mesh=mesh, rules=RULES,
-                     accumulate=accumulate, seed=config.seed)
-    return step, (abstract_state(model.init, tx, mesh, RULES), LearnBatch(rows, tokens))
-
-
-def step_work(config: Config) -> Work:
-    """What an update is for."""
-    tokens = config.batch.prompts * config.batch.samples // config.batch.minibatches * config.batch.seq_len
-    return Work(tokens=tokens, model_flops=tokens * flops_per_token(config.model, config.batch.seq_len))
+def plan(config: Config) -> None:
+    """Compiles an update for chips that are not here and prints what it costs."""
+    program = partial(update_program, config.model, config.compute, config.rollout, config.batch, config.objective,
+                      config.reward, make_tx(config), config.optim.lr)
+    work = update_work(config.model, config.rollout, config.batch)
+    plan_report(program, parse_topology(config.plan), config.mesh,
+                max(1, num_rows(config.batch) // config.batch.micro_rows), work, print)
 
 
 def claim(run: Prepared) -> None:
@@ -351,9 +318,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = flags.parse(PRESETS, argv, prog=PROG, description=__doc__)
     try:
         if config.plan:
-            rows = config.batch.prompts * config.batch.samples // config.batch.minibatches
-            plan_report(partial(step_program, config), parse_topology(config.plan), config.mesh,
-                        max(1, rows // config.batch.micro_rows), step_work(config), print)
+            if config.resume or config.overwrite:
+                raise ValueError("--plan writes nothing: leave out --resume and --overwrite")
+            if config.init:
+                config = open_init(config)[0]
+            plan(config)
             return
         setup_logging(config.distributed.process_id or 0)
         distributed.start(config.distributed)

@@ -69,12 +69,17 @@ def run(config: Config) -> None:
     if opened.tokenizer is None:
         raise ValueError(f"--source {config.source} has no tokenizer")
     tasks, tools = open_task_set(config.tasks)
-    dialogue = Dialogue(tools, episode_template(config.env, opened.chat, opened.tokenizer), opened.tokenizer, config.env)
+    template = episode_template(config.env, opened.chat, opened.tokenizer)
+    dialogue = Dialogue(tools, template, opened.tokenizer, config.env)
     prompts = make_prompts(dialogue, tasks, config.rollout.max_prompt)
     log.info("%d tasks, %d of them with a prompt of at most %d tokens", len(tasks), len(prompts),
              config.rollout.max_prompt)
     settings = {name: value for name, value in flags.to_json(config).items() if name not in ("output", "overwrite")}
     work = config.output.with_suffix(".attempts.jsonl")
+    if config.output in map(Path, config.tasks):
+        raise ValueError(f"--output {config.output} is a file of tasks that is read; name another")
+    if config.output.exists() and not work.exists() and not config.overwrite:
+        raise ValueError(f"{config.output} exists; --overwrite replaces it")
     results = Results(work, {name: json.dumps(value) for name, value in settings.items()}, overwrite=config.overwrite)
     try:
         _attempt_all(config, opened, tasks, prompts, tools, dialogue, results)

@@ -17,8 +17,8 @@ from tests.tiny_chat import MODEL, json_tokenizer, tiny_folder
 WORDS = "words:train?count=12&num_tools=4&max_calls=1"
 SMALL = ["--rollout.max-prompt", "400", "--rollout.max-response", "24", "--batch.prompts", "2", "--batch.samples", "2",
          "--batch.seq-len", "430", "--batch.micro-rows", "8", "--rollout.engine.batch-size", "8",
-         "--loop.iterations", "2", "--tasks.train", WORDS, "--tasks.held-out", "words:unseen?count=2&num_tools=5&max_calls=1",
-         "--checkpoint.every", "1", "--loop.eval-every", "2", "--loop.pages-every", "1"]
+         "--loop.iterations", "2", "--loop.eval-every", "2", "--loop.pages-every", "1", "--checkpoint.every", "1",
+         "--tasks.train", WORDS, "--tasks.held-out", "words:unseen?count=2&num_tools=5&max_calls=1"]
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,13 @@ def test_a_run_from_flags_to_files(student, tmp_path, capsys):
     (("--preset", "mentro"), "did you mean 'mentor'"),
     (("--init", "STUDENT", "--env.template", "hermse"), "did you mean 'hermes'"),
     (("--init", "STUDENT", "--env.template", "chatml"), "shows no tools"),
+    (("--init", "STUDENT", "--model.num-layers", "3"), "leave out the --model flags"),
+    (("--init", "STUDENT", "--objective.advantage", "gdpo"), "rewards of plain terms"),
+    (("--init", "STUDENT", "--mesh.data", "1", "--mesh.tensor", "8"), "cannot be split"),
+    (("--init", "STUDENT", "--folder", "STUDENT", "--overwrite"), "are the same folder"),
+    (("--init", "STUDENT", "--tasks.held-out", WORDS), "are named twice"),
+    (("--init", "STUDENT", "--compute.attention", "cudnn"), "attention backend 'cudnn'"),
+    (("--plan", "v5p:2x2x2", "--overwrite"), "--plan writes nothing"),
     (("--init", "STUDENT", "--env.question", "no place"), "{question}"),
     (("--init", "STUDENT", "--batch.minibatches", "3"), "do not divide into 3 minibatches"),
     (("--init", "STUDENT", "--batch.micro-rows", "3"), "batch.micro_rows 3 does not divide over the 8 devices"),
@@ -74,7 +81,8 @@ def test_bad_flags_are_one_sentence(flags, message, student, tmp_path, capsys):
     flags = [str(student) if one == "STUDENT" else one for one in flags]
     preset = [] if "--preset" in flags else [one for i, one in enumerate(SMALL) if not any(
         name in flags and (one == name or SMALL[i - 1] == name) for name in SMALL[::2])]
-    assert message in fails(capsys, *preset, *flags, "--folder", tmp_path / "run")
+    folder = [] if "--folder" in flags else ["--folder", tmp_path / "run"]
+    assert message in fails(capsys, *preset, *flags, *folder)
     assert not (tmp_path / "run").exists()
 
 

@@ -21,6 +21,7 @@ from jaxlm.model.decoder import build
 from jaxlm.model.partition import PARAM_RULES
 from jaxlm.objective.algorithm import ALGORITHMS
 from jaxlm.objective.kl import KLConfig
+from jaxlm.objective.value import ValueConfig
 from jaxlm.reward.compose import RewardConfig, TermConfig, compose
 from jaxlm.reward.trajectory import Trajectory
 from jaxlm.rl import loop
@@ -28,9 +29,10 @@ from jaxlm.rl.arithmetic import ARITHMETIC
 from jaxlm.rl.env import Dialogue, EnvConfig, ToolEnv
 from jaxlm.rl.learner import BatchConfig, PolicyLearner, Scene
 from jaxlm.rl.loop import Progress, RLLoopConfig, fit_rl
+from jaxlm.rl.pack import Rows
 from jaxlm.rl.rollout import RolloutConfig, make_prompts
 from jaxlm.rl.task import Task
-from jaxlm.rl.update import VALUE, VALUE_RULE, Policy
+from jaxlm.rl.update import VALUE, VALUE_RULE, Policy, learn_batch, penalised_rewards
 from jaxlm.train.checkpoint import CheckpointConfig, Checkpointer
 from jaxlm.train.measure import Ledger
 from jaxlm.train.state import abstract_state, init_state
@@ -180,6 +182,25 @@ def test_algorithms_run(name, tmp_path):
     assert done and all(one["skipped"] == 0 and np.isfinite(one["loss"]) for one in records)
     assert ("value_loss" in records[0]) == (name == "ppo")
     assert name not in ("mentor",) or abs(records[0]["kl_k1"]) < 1e-6
+
+
+def test_a_kl_in_the_reward_counts_once():
+    """One attempt of 4 sampled tokens, reward 1, each token 1 nat from the reference at coefficient 0.02."""
+    rows = Rows(*(np.zeros((1, 6), dtype) for dtype in (int, int, float, int, int, float, float, int)))._replace(
+        mask=np.array([[0, 1, 1, 1, 1, 0.0]]), segments=np.array([[1, 1, 1, 1, 1, 0]]),
+        positions=np.arange(6)[None], episode=np.array([[0, 0, 0, 0, 0, -1]]), kept=np.ones((1, 6)))
+    near, far = jnp.zeros((1, 6)), jnp.full((1, 6), -1.0)
+    kl = KLConfig(coefficient=0.02, estimator="k1", place="reward")
+    for name, returns in (("ppo", [0.92, 0.94, 0.96, 0.98]), ("rloo", None)):
+        objective = dataclasses.replace(ALGORITHMS[name], kl=kl)
+        if returns:
+            objective = dataclasses.replace(objective, value=ValueConfig(gae_lambda=1.0))
+        rewards = penalised_rewards(objective, rows, jnp.ones(1), near, far)
+        advantage = None if returns else rewards
+        batch = learn_batch(objective, rows, rewards, advantage, near, far, None, near)
+        assert rewards == pytest.approx([1.0 if returns else 0.92])
+        if returns:
+            np.testing.assert_allclose(batch.returns[0, 1:5], returns, atol=1e-6)
 
 
 def test_nothing_to_learn_is_no_update(tmp_path, caplog):

@@ -105,6 +105,7 @@ def test_a_budget_ends_an_attempt():
 def test_episodes_on_disk_are_the_same_and_damage_is_noticed(tmp_path):
     *_, episodes = written()
     path = tmp_path / "rollouts" / "1.jsonl"
+    episodes = [dataclasses.replace(episodes[0], turns=("a\u2028b\x85c",)), *episodes[1:]]
     save_episodes(path, episodes, {"iteration": 1})
     head, again = load_episodes(path)
     assert again == episodes and head == {"iteration": 1, "episodes": len(episodes)}

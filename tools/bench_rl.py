@@ -78,7 +78,7 @@ class Ours:
         tasks = [Task(id=f"t{i}", question=text, tools=(), answers=(0,), judge="exact", domain="bench")
                  for i, text in enumerate(questions)]
         dialogue = Dialogue((), chatml(tokenizer), tokenizer)
-        self.prompt = dialogue.prompt_ids(tasks[0])
+        self.prompt, self.stop_ids = dialogue.prompt_ids(tasks[0]), [*dialogue.stop_ids]
         width = max(len(dialogue.prompt_ids(task)) for task in tasks)
         def reward(t: Trajectory) -> Reward:
             share = jnp.mean(t.tokens % 2 == 0, axis=1, where=t.sampled)
@@ -116,7 +116,9 @@ class Ours:
             "tokens": tokens}
 
 
-def trl_steps(config: Config, folder: Path, tokenizer_json: str, prompts: Sequence[str], turn: Any) -> list[float]:
+def trl_steps(
+    config: Config, folder: Path, tokenizer_json: str, prompts: Sequence[str], stop_ids: list[int], turn: Any,
+) -> list[float]:
     """Seconds of TRL's steps; `turn` is called between two of them."""
     import datasets
     import torch
@@ -144,7 +146,7 @@ def trl_steps(config: Config, folder: Path, tokenizer_json: str, prompts: Sequen
         output_dir=str(folder / "trl"), per_device_train_batch_size=config.prompts * config.samples,
         num_generations=config.samples, max_completion_length=config.new_tokens, max_steps=config.steps + 1, beta=0.0,
         learning_rate=1e-6, use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True,
-        logging_strategy="no", gradient_checkpointing=False)
+        logging_strategy="no", gradient_checkpointing=False, generation_kwargs={"eos_token_id": stop_ids})
     trl.GRPOTrainer(model=model, reward_funcs=reward, args=args, processing_class=tokenizer, callbacks=[Clock()],
                     train_dataset=datasets.Dataset.from_list([{"prompt": text} for text in prompts])).train()
     return seconds
@@ -162,7 +164,8 @@ def run(config: Config) -> None:
     with tempfile.TemporaryDirectory() as folder:
         save_hf(Path(folder) / "model", model.config, params, architecture="llama", dtype="float32")
         prompts = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in questions]
-        theirs = trl_steps(config, Path(folder) / "model", tokenizer_json, prompts, lambda: found.append(ours.step()))
+        theirs = trl_steps(config, Path(folder) / "model", tokenizer_json, prompts, ours.stop_ids,
+                           lambda: found.append(ours.step()))
     found, theirs = found[1:], theirs[1:]
     total = [sum(one[name] for name in ("rollout", "score", "update")) for one in found]
     print(f"{config.prompts} prompts of {len(ours.prompt)} tokens x {config.samples} attempts of {config.new_tokens}; "

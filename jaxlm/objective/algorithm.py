@@ -53,6 +53,9 @@ class PolicyConfig:
         if self.advantage != "gae" and self.value != ValueConfig():
             raise ValueError(f"value settings have no effect with advantage {self.advantage}; drop them, or set "
                              "advantage to gae")
+        if self.kl.place == "advantage":
+            raise ValueError("kl.place advantage is for a teacher; a reference holds the policy by kl.place reward or "
+                             "loss")
         if self.teacher.place == "reward" and self.teacher.coefficient:
             raise ValueError("teacher.place reward would judge sequences by their total distance from the teacher; use "
                              "advantage (each token by its own) or loss")

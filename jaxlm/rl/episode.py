@@ -67,7 +67,7 @@ def save_episodes(path: Path, episodes: Sequence[Episode], head: Mapping[str, An
 def load_episodes(path: Path) -> tuple[dict[str, Any], list[Episode]]:
     """The head and the episodes of a file of `save_episodes`; ValueError if it is damaged."""
     try:
-        head, *records = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+        head, *records = (json.loads(line) for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n"))
         episodes = [episode_from_json(one) for one in records]
         if head["episodes"] != len(episodes):
             raise ValueError(f"it holds {len(episodes)} of {head['episodes']} episodes")

@@ -45,6 +45,8 @@ from jaxlm.train.step import Metrics, Step, make_step
 
 log = logging.getLogger(__name__)
 
+_SAMPLER_METRICS = jax.jit(sampler_metrics)
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
@@ -177,7 +179,8 @@ class PolicyLearner:
         value = None if advantage is None else advantage.value
         batches = [self._learn(rows, rewards, value, logp, ref_logp, teacher_logp, values_)
                    for rows, (logp, values_), ref_logp, teacher_logp in zip(parts, old, ref, teacher, strict=True)]
-        values |= {name: float(x) for name, x in jax.jit(sampler_metrics)(parts[0], batches[0]).items()}
+        rows, batch = (jax.tree.map(lambda *x: jnp.concatenate(x), *whole) for whole in (parts, batches))
+        values |= {name: float(x) for name, x in _SAMPLER_METRICS(rows, batch).items()}
         # Equal rewards teach nothing by themselves; a teacher's scores of tokens may.
         taught = self.teacher is not None and self.objective.teacher.place == "loss"
         learnable = taught or any(bool(jnp.any(batch.tokens.advantage * batch.tokens.mask)) for batch in batches)

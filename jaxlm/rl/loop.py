@@ -14,6 +14,7 @@ from jaxlm.core.distributed import is_primary, together
 from jaxlm.core.log import MetricLog, ProgressLine, human_count, human_seconds
 from jaxlm.core.signals import stop_on_signal
 from jaxlm.core.tree import digest
+from jaxlm.generate.requests import Report
 from jaxlm.rl.episode import Episode, load_episodes, save_episodes
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.loop import NonFiniteError
@@ -57,6 +58,8 @@ class Progress:
 class Learner(Protocol):
     """The parts that a recipe chooses. All processes call them alike and get equal results."""
 
+    report: Report  # of all rollouts of this process so far
+
     def rollout(self, params: Any, iteration: int, drawn: int) -> tuple[list[Episode], int]:
         """Attempts of one iteration, and how many prompts have been drawn with them."""
 
@@ -77,9 +80,9 @@ def fit_rl(
 ) -> tuple[TrainState, bool]:
     """Trains from `progress.iteration` to `config.iterations`; returns the state and whether the run got to its end.
 
-    A checkpoint holds the state before an iteration. The attempts of an iteration are on disk before they are used
-    (`rollouts/NUMBER.jsonl`), so that a run killed in any phase repeats at most that phase: what it finds there is
-    used again if the same parameters wrote it, and then gives the same updates.
+    A checkpoint holds the state before an iteration and has its number. The attempts of an iteration are on disk before
+    they are used (`rollouts/NUMBER.jsonl`). A run that was killed goes on from its last checkpoint: attempts that it
+    finds are used again if the same parameters wrote them, and give the same updates.
     """
     start = progress.iteration
     if start > config.iterations:
@@ -96,7 +99,7 @@ def fit_rl(
             last, stop = number == config.iterations, stopping()
             if last or stop or (number % checkpointer.every == 0 and number > start):
                 with ledger.spend("checkpoint"):
-                    checkpointer.save(state, progress)
+                    checkpointer.save(state, progress, number)
                     _forget(folder, saved)
                     saved = number
             if evaluate and (last or (number % config.eval_every == 0 and not stop)):
@@ -106,7 +109,7 @@ def fit_rl(
                     line.say(text)
             if last or stop:
                 break
-            before = dict(ledger.seconds)
+            before, written = dict(ledger.seconds), learner.report.tokens
             with ledger.spend("rollout"):
                 episodes, progress.drawn = _attempts(state, learner, progress, folder)
             with ledger.spend("score"):
@@ -118,8 +121,9 @@ def fit_rl(
             progress.iteration = number + 1
             seconds = {name: ledger.seconds[name] - before[name] for name in (*PHASES, "compile")}
             values |= trained | {f"seconds/{name}": value for name, value in seconds.items()}
+            written = (learner.report.tokens - written) * jax.process_count()  # 0: the attempts were on disk
             values |= {"memory_gb": memory_bytes() / 2**30, "prompts": progress.drawn,
-                       "tokens_per_second": values["tokens/sampled"] / max(seconds["rollout"], 1e-9)}
+                       "tokens_per_second": written / max(seconds["rollout"], 1e-9)}
             metric_log.write(number + 1, values)
             line.report(number + 1, _line(values, sum(seconds.values()), config.iterations - number - 1))
         with ledger.spend("checkpoint"):
@@ -138,8 +142,7 @@ def _attempts(state: TrainState, learner: Learner, progress: Progress, folder: P
         log.info("iteration %d: %d attempts taken from %s", number, len(found[1]), path)
         return found[1], found[0]["drawn_after"]
     episodes, drawn = learner.rollout(state.params, number, progress.drawn)
-    if is_primary():
-        save_episodes(path, episodes, {**head, "drawn_after": drawn})
+    together(lambda: save_episodes(path, episodes, {**head, "drawn_after": drawn}) if is_primary() else None)
     return episodes, drawn
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxlm.reward.compose import Reward
 from jaxlm.reward.math_answer import extract_boxed
@@ -80,8 +81,11 @@ def score(
     own = [tasks[one.task] for one in episodes]
     predictions = [prediction(one, task) for one, task in zip(episodes, own, strict=True)]
     judged = judge_rows([task.judge for task in own], predictions, [task.answers for task in own])
-    trajectory = trajectory_of(episodes, tasks, tool_names, judged.correct, [one is not None for one in predictions],
-                               max_length)
+    correct = judged.correct
+    if jax.process_count() > 1:  # a judge has a time limit, which a busier process may miss: the first one decides
+        correct = multihost_utils.broadcast_one_to_all(correct)
+    trajectory = trajectory_of(episodes, tasks, tool_names, np.asarray(correct),
+                               [one is not None for one in predictions], max_length)
     return Scored(trajectory, jax.device_get(reward(trajectory)), tuple(predictions), judged.errors)
 
 

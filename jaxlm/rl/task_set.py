@@ -11,6 +11,8 @@ def open_task_set(specs: Sequence[str]) -> TaskSource:
 
     ValueError for an id that two sources have, and for two tools of one name.
     """
+    if twice := {spec for spec in specs if specs.count(spec) > 1}:
+        raise ValueError(f"tasks {min(twice)} are named twice")
     sources = [open_task_source(spec) for spec in specs]
     seen: dict[str, str] = {}
     for spec, source in zip(specs, sources, strict=True):

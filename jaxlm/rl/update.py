@@ -13,7 +13,7 @@ from jaxlm.core.masked import Mean, aggregate
 from jaxlm.model.decoder import Model
 from jaxlm.objective.advantage import ADVANTAGES, Advantage, gdpo
 from jaxlm.objective.algorithm import PolicyConfig, PolicyTokens, policy_objective, token_advantage
-from jaxlm.objective.correction import CorrectionConfig, correction_metrics, importance_weights
+from jaxlm.objective.correction import CorrectionConfig, correction_metrics, importance_weights, truncated_logp
 from jaxlm.objective.kl import kl_penalty, token_rewards
 from jaxlm.objective.logprobs import TokenLogprob, chunked_token_logprobs
 from jaxlm.objective.policy import POLICY_LOSSES, ratio_range
@@ -114,15 +114,19 @@ def learn_batch(
         advantages = token_advantage(advantages, old_logp, teacher_logp, mask, config.teacher)
     weight = None
     if config.correction != CorrectionConfig():
-        weight = importance_weights(old_logp, rows.sampler_logp, mask, rows.segments, config.correction)
+        sampled_from = truncated_logp(rows.sampler_logp, rows.kept, mask)
+        weight = importance_weights(old_logp, sampled_from, mask, rows.segments, config.correction)
     tokens = PolicyTokens(old_logp, advantages, mask, rows.segments, weight, ref_logp, teacher_logp)
     return LearnBatch(rows, tokens, values, returns)
 
 
 def penalised_rewards(config: PolicyConfig, rows: Rows, rewards: jax.Array, old_logp: jax.Array,
                       ref_logp: jax.Array | None) -> jax.Array:
-    """Rewards [E] minus the KL of their attempts, for a KL in the reward of group estimators."""
-    if not config.kl.coefficient or config.kl.place != "reward":
+    """Rewards [E] minus the KL of their attempts, for a KL in the reward of group estimators.
+
+    `gae` takes it from tokens instead, see `learn_batch`.
+    """
+    if not config.kl.coefficient or config.kl.place != "reward" or config.advantage == "gae":
         return rewards
     total = sequence_sum(_reward_penalty(config, rows, rows.mask, old_logp, ref_logp), rows.mask, rows.segments)
     first = rows.positions == 0
@@ -154,7 +158,8 @@ def make_policy_loss(policy: Policy, config: PolicyConfig) -> Loss:
         ratios = POLICY_LOSSES[config.loss](
             jax.lax.stop_gradient(out.logp), tokens.old_logp, tokens.advantage, mask, tokens.segments, config.clip)
         low, high = ratio_range(ratios, mask)
-        metrics |= {"ratio_min": Mean(low, 1.0), "ratio_max": Mean(high, 1.0)}  # means over micro-batches
+        some = jnp.any(mask != 0).astype(jnp.float32)  # extremes do not add: means over micro-batches with tokens
+        metrics |= {"ratio_min": Mean(low * some, some), "ratio_max": Mean(high * some, some)}
         if batch.returns is not None:
             value = value_loss(values_of(params, hidden), batch.old_values, batch.returns, mask, config.value.clip)
             # By the weights of the policy's loss, so that one division serves the sum.

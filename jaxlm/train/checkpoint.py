@@ -73,9 +73,12 @@ class Checkpointer:
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
-    def save(self, state: TrainState, data: Resumable) -> None:
-        """Starts writing; returns when the arrays are copied. An error of the previous write is raised here."""
-        step = int(state.step)
+    def save(self, state: TrainState, data: Resumable, number: int | None = None) -> None:
+        """Starts writing; returns when the arrays are copied. An error of the previous write is raised here.
+
+        `number`: what the checkpoint is called; None: the step of the state.
+        """
+        step = int(state.step) if number is None else number
         if step in self._manager.all_steps():
             return
         position = {}
