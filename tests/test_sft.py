@@ -150,7 +150,7 @@ def test_wrong_flags(files, scratch, tmp_path, capfd):
             *flags(files, folder, 2), "--init", str(plain)],
         r"lacks special tokens .* it has <bos>": [*ok, "--tokenizer.path", "bytes"],
         "does not write <": [*ok, "--template", str(files / "train.jsonl")],
-        r"--template hermse is neither a file .*\(did you mean 'hermes'\?\)": [*ok, "--template", "hermse"],
+        r"template hermse is neither a file .*\(did you mean 'hermes'\?\)": [*ok, "--template", "hermse"],
         r"bad\.jsonl:1: message 0: the content is not a string": [*ok, "--data.path", str(tmp_path / "bad.jsonl")],
         "concat would cut conversations": [*ok, "--pipeline.packing", "concat", "--pipeline.num-bins", "None"],
         "lora.rank adapts weights that exist": [*ok, "--lora.rank", "2"],
