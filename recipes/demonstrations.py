@@ -40,7 +40,8 @@ def run(config: Config) -> None:
     """Reads the tasks and writes the file."""
     if config.output.exists() and not config.overwrite:
         raise ValueError(f"{config.output} exists; --overwrite replaces it")
-    tasks, tools = open_task_set(config.tasks)
+    found = open_task_set(config.tasks)
+    tasks, tools = found.tasks(), found.tools
     shown = [task for task in tasks if task.teacher]
     if not shown:
         raise ValueError("none of these tasks has a teacher; recipes.teacher lets a model be one")

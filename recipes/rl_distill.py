@@ -23,6 +23,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -167,11 +168,11 @@ def prepare(config: Config) -> Prepared:
             ignored=("folder",))
     check_settings(config.model, config.compute, config.rollout, config.batch, config.objective, config.reward, mesh)
     teacher = open_teacher(config, opened)
-    every, tools = open_task_set((*config.tasks.train, *config.tasks.held_out))
-    train = every[:len(open_task_set(config.tasks.train).tasks)]
+    parts, tools = open_task_set((*config.tasks.train, *config.tasks.held_out))
+    train = list(chain.from_iterable(parts[:len(config.tasks.train)]))
     names = [spec.partition("?")[0] for spec in config.tasks.held_out]
     names = names if len(set(names)) == len(names) else list(config.tasks.held_out)
-    held_out = {name: open_task_set((spec,)).tasks for name, spec in zip(names, config.tasks.held_out, strict=True)}
+    held_out = dict(zip(names, parts[len(config.tasks.train):], strict=True))
     template = episode_template(config.env, opened.chat, opened.tokenizer)
     dialogue = Dialogue(tools, template, opened.tokenizer, config.env)
     prompts = make_prompts(dialogue, train, config.rollout.max_prompt)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.core import config as flags
+from jaxlm.core.files import replacing
 from jaxlm.core.log import setup_logging
 from jaxlm.generate.engine import Engine
 from jaxlm.generate.requests import Report
@@ -68,7 +69,8 @@ def run(config: Config) -> None:
     opened = open_pretrained(config.source)
     if opened.tokenizer is None:
         raise ValueError(f"--source {config.source} has no tokenizer")
-    tasks, tools = open_task_set(config.tasks)
+    found = open_task_set(config.tasks)
+    tasks, tools = found.tasks(), found.tools
     template = episode_template(config.env, opened.chat, opened.tokenizer)
     dialogue = Dialogue(tools, template, opened.tokenizer, config.env)
     prompts = make_prompts(dialogue, tasks, config.rollout.max_prompt)
@@ -85,11 +87,10 @@ def run(config: Config) -> None:
         _attempt_all(config, opened, tasks, prompts, tools, dialogue, results)
     finally:
         results.close()
-    found = [line for record in results.records for line in record["tasks"]]
-    scratch = config.output.with_name(config.output.name + ".tmp")
-    scratch.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found), encoding="utf-8")
-    scratch.replace(config.output)
-    log.info("%d of %d tasks solved; written to %s", len(found), len(prompts), config.output)
+    solved = [line for record in results.records for line in record["tasks"]]
+    with replacing(config.output) as scratch:
+        scratch.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in solved), encoding="utf-8")
+    log.info("%d of %d tasks solved; written to %s", len(solved), len(prompts), config.output)
 
 
 def _attempt_all(config, opened, tasks, prompts, tools, dialogue, results: Results) -> None:

@@ -18,7 +18,6 @@ from jaxlm.core.rng import derive
 from jaxlm.data.chat_template import hermes
 from jaxlm.generate.engine import Engine, EngineConfig
 from jaxlm.model.decoder import build
-from jaxlm.model.partition import PARAM_RULES
 from jaxlm.objective.algorithm import ALGORITHMS
 from jaxlm.objective.kl import KLConfig
 from jaxlm.objective.value import ValueConfig
@@ -30,9 +29,10 @@ from jaxlm.rl.env import Dialogue, EnvConfig, ToolEnv
 from jaxlm.rl.learner import BatchConfig, PolicyLearner, Scene
 from jaxlm.rl.loop import Progress, RLLoopConfig, fit_rl
 from jaxlm.rl.pack import Rows
+from jaxlm.rl.policy_params import RULES
 from jaxlm.rl.rollout import RolloutConfig, make_prompts
 from jaxlm.rl.task import Task
-from jaxlm.rl.update import VALUE, VALUE_RULE, Policy, learn_batch, penalised_rewards
+from jaxlm.rl.update import VALUE, Policy, learn_batch, penalised_rewards
 from jaxlm.train.checkpoint import CheckpointConfig, Checkpointer
 from jaxlm.train.measure import Ledger
 from jaxlm.train.state import abstract_state, init_state
@@ -43,7 +43,6 @@ END = TOKENIZER.token_id("<|im_end|>")
 TASKS = [Task(id=f"t{i}", question=f"{i}?", tools=(), answers=(i,), judge="numeric", domain="sums") for i in range(5)]
 SHORT = RewardConfig(terms=(TermConfig(name="overlong", buffer=24),))  # the shorter the better
 MESH = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-RULES = (*PARAM_RULES, VALUE_RULE)
 
 
 def learner(objective=ALGORITHMS["dapo"], reward=SHORT, mesh=MESH, **batch):

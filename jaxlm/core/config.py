@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 
 import tyro
 
+from jaxlm.core.files import replacing
+
 T = TypeVar("T")
 
 
@@ -88,12 +90,8 @@ def from_json(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
 
 def save_config(config: Any, path: Path) -> None:
     """Writes `to_json(config)`; the file appears whole or not at all."""
-    scratch = path.with_name(path.name + ".tmp")
-    try:
+    with replacing(path) as scratch:
         scratch.write_text(json.dumps(to_json(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def load_config(cls: type[T], path: Path) -> T:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.core.config import nearest
+from jaxlm.core.files import replacing
 from jaxlm.rl.task import Task
 from jaxlm.rl.tool_worker import render
 from jaxlm.rl.tools import Tool
@@ -58,18 +59,13 @@ def write_conversations(path: str | Path, tasks: Iterable[Task], tools: Mapping[
                         question: str = "{question}") -> int:
     """Writes `conversation` of each task as JSONL, and returns how many; the file appears whole or not at all."""
     path, count = Path(path), 0
-    scratch = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with scratch.open("w", encoding="utf-8") as file:
-            for task in tasks:
-                file.write(json.dumps(conversation(task, tools, question=question), ensure_ascii=False) + "\n")
-                count += 1
-            file.flush()
-            os.fsync(file.fileno())
+    with replacing(path) as scratch, scratch.open("w", encoding="utf-8") as file:
+        for task in tasks:
+            file.write(json.dumps(conversation(task, tools, question=question), ensure_ascii=False) + "\n")
+            count += 1
         if not count:
             raise ValueError(f"{path}: there is no task to write")
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+        file.flush()
+        os.fsync(file.fileno())
     return count

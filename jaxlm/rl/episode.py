@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxlm.core.files import replacing
 from jaxlm.rl.env import EnvState
 
 
@@ -36,6 +37,14 @@ class Episode:
         return sum(self.sampled)
 
 
+def groups_of(episodes: Sequence[Episode]) -> list[list[int]]:
+    """The places in the list of the attempts at each prompt, prompts in order of their first attempt."""
+    found: dict[int, list[int]] = {}
+    for place, one in enumerate(episodes):
+        found.setdefault(one.group, []).append(place)
+    return list(found.values())
+
+
 def episode_to_json(episode: Episode) -> dict[str, Any]:
     """The episode as plain JSON values."""
     return {**asdict(episode), "env": episode.env.to_json()}
@@ -52,16 +61,11 @@ def episode_from_json(values: Mapping[str, Any]) -> Episode:
 def save_episodes(path: Path, episodes: Sequence[Episode], head: Mapping[str, Any]) -> None:
     """Writes JSONL that begins with `head`; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".tmp")
-    try:
-        with scratch.open("w", encoding="utf-8") as file:
-            for record in [{**head, "episodes": len(episodes)}, *map(episode_to_json, episodes)]:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with replacing(path) as scratch, scratch.open("w", encoding="utf-8") as file:
+        for record in [{**head, "episodes": len(episodes)}, *map(episode_to_json, episodes)]:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load_episodes(path: Path) -> tuple[dict[str, Any], list[Episode]]:

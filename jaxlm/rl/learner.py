@@ -23,7 +23,7 @@ from jaxlm.objective.algorithm import PolicyConfig
 from jaxlm.reward.compose import Reward
 from jaxlm.reward.trajectory import Trajectory
 from jaxlm.rl.env import Dialogue, ToolEnv
-from jaxlm.rl.episode import Episode
+from jaxlm.rl.episode import Episode, groups_of
 from jaxlm.rl.pack import Rows, pack_rows, pad_rows
 from jaxlm.rl.pages import write_page
 from jaxlm.rl.rollout import Attempt, RolloutConfig, gather, rollout, sampler_params, share_of_process
@@ -119,7 +119,8 @@ class PolicyLearner:
         kept: list[list[Episode]] = []
         for _ in range(self.batch.max_draws):
             missing = self.batch.prompts - len(kept)
-            groups = _groups(self._attempts(params, drawn, missing))
+            episodes = self._attempts(params, drawn, missing)
+            groups = [[episodes[i] for i in members] for members in groups_of(episodes)]
             drawn += missing
             kept += [group for group in groups if not self._equal(group)]
             if len(kept) == self.batch.prompts:
@@ -226,13 +227,6 @@ class PolicyLearner:
     def page(self, path: Path, ready: Ready, episodes: Sequence[Episode]) -> None:
         """See `loop.Learner`."""
         write_page(path, ready.scored, episodes, self.scene.tasks)
-
-
-def _groups(episodes: Sequence[Episode]) -> list[list[Episode]]:
-    found: dict[int, list[Episode]] = {}
-    for one in episodes:
-        found.setdefault(one.group, []).append(one)
-    return list(found.values())
 
 
 @lru_cache(maxsize=4)

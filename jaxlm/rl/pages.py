@@ -5,7 +5,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxlm.rl.episode import Episode
+from jaxlm.core.files import replacing
+from jaxlm.rl.episode import Episode, groups_of
 from jaxlm.rl.score import Scored
 from jaxlm.rl.task import Task
 
@@ -24,10 +25,8 @@ th { font-weight: 600; text-align: left; } .legend span { padding: .1em .5em; bo
 
 def write_page(path: Path, scored: Scored, episodes: Sequence[Episode], tasks: Sequence[Task]) -> None:
     """Writes the first groups of an iteration as HTML; the file appears whole or not at all."""
-    groups: dict[int, list[int]] = {}
-    for number, one in enumerate(episodes):
-        groups.setdefault(one.group, []).append(number)
-    parts = [_group(members, scored, episodes, tasks) for members in list(groups.values())[:MAX_GROUPS]]
+    groups = groups_of(episodes)
+    parts = [_group(members, scored, episodes, tasks) for members in groups[:MAX_GROUPS]]
     shown = f"{len(parts)} of {len(groups)} groups" if len(parts) < len(groups) else f"{len(groups)} groups"
     text = (
         f"<!doctype html><meta charset='utf-8'><title>{html.escape(path.stem)}</title><style>{_STYLE}</style>"
@@ -36,12 +35,8 @@ def write_page(path: Path, scored: Scored, episodes: Sequence[Episode], tasks: S
         "<span style='background:#d3e6f8'>a call in it</span>"
         "<span style='background:#f3eee2'>what tools said, masked</span></p>" + "".join(parts))
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".tmp")
-    try:
+    with replacing(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _group(members: Sequence[int], scored: Scored, episodes: Sequence[Episode], tasks: Sequence[Task]) -> str:

@@ -1,13 +1,27 @@
 """Several sources of tasks as one."""
 
 from collections.abc import Sequence
+from itertools import chain
+from typing import NamedTuple
 
-from jaxlm.rl.task_sources import TaskSource, open_task_source
+from jaxlm.rl.task import Task
+from jaxlm.rl.task_sources import open_task_source
 from jaxlm.rl.tools import Tool
 
 
-def open_task_set(specs: Sequence[str]) -> TaskSource:
-    """The tasks of all lines in order, and the tools that some task offers; see `open_task_source`.
+class TaskSet(NamedTuple):
+    """Tasks by the line that named them, and the tools that some task offers."""
+
+    parts: tuple[list[Task], ...]
+    tools: tuple[Tool, ...]
+
+    def tasks(self) -> list[Task]:
+        """All of them, in order."""
+        return list(chain.from_iterable(self.parts))
+
+
+def open_task_set(specs: Sequence[str]) -> TaskSet:
+    """The tasks of all lines; see `open_task_source`.
 
     ValueError for an id that two sources have, and for two tools of one name.
     """
@@ -25,4 +39,4 @@ def open_task_set(specs: Sequence[str]) -> TaskSource:
         for tool in source.tools:
             if tool.name in offered and tools.setdefault(tool.name, tool).schema() != tool.schema():
                 raise ValueError(f"{spec} has a tool {tool.name!r} that is not the one of another source")
-    return TaskSource([task for source in sources for task in source.tasks], tuple(tools.values()))
+    return TaskSet(tuple(source.tasks for source in sources), tuple(tools.values()))
