@@ -77,12 +77,12 @@ def slow_context(row, n, m):
     return found
 
 
-def slow_prompt(row, m, max_ngram, newest, complete):
+def slow_prompt(row, m, max_ngram, newest):
     for size in range(max_ngram, 0, -1):
         starts = range(len(row) - size)
         for i in reversed(starts) if newest else starts:
             rest = row[i + size:i + size + m]
-            if row[i:i + size] == row[len(row) - size:] and rest and (len(rest) == m or not complete):
+            if row[i:i + size] == row[len(row) - size:] and rest:
                 return [rest]
     return []
 
@@ -171,11 +171,11 @@ def test_pool_is_a_ring_of_the_newest():
         draft_sources.insert(state, jnp.zeros((4, 9), jnp.int32), jnp.zeros((4, 9, 2), jnp.int32), jnp.ones((4, 9)))
 
 
-@pytest.mark.parametrize("newest, complete", [(False, False), (True, False), (False, True)])
-def test_prompt_lookup_is_the_naive_scan(newest, complete):
+@pytest.mark.parametrize("newest", [False, True])
+def test_prompt_lookup_is_the_naive_scan(newest):
     known, tokens, garbage, length = rows(5, batch=40)
-    look_up = jax.jit(lambda *a: draft_sources.prompt_lookup(*a, m=4, max_ngram=3, newest=newest, complete=complete))
-    assert chains(look_up(tokens, length)) == [slow_prompt(row, 4, 3, newest, complete) for row in known]
+    look_up = jax.jit(lambda *a: draft_sources.prompt_lookup(*a, m=4, max_ngram=3, newest=newest))
+    assert chains(look_up(tokens, length)) == [slow_prompt(row, 4, 3, newest) for row in known]
     assert chains(look_up(garbage, length)) == chains(look_up(tokens, length))
 
 

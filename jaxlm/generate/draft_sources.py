@@ -158,12 +158,12 @@ def corpus(
 
 
 def prompt_lookup(
-    tokens: jax.Array, length: jax.Array, m: int = 10, max_ngram: int = 3, newest: bool = False, complete: bool = False,
+    tokens: jax.Array, length: jax.Array, m: int = 10, max_ngram: int = 3, newest: bool = False,
 ) -> Candidates:
     """Prompt Lookup Decoding: one candidate, up to `m` tokens after an earlier occurrence of the last tokens.
 
     The longest match of the last `max_ngram`, ..., 1 tokens decides; among equals the earliest (`newest`: the
-    latest). `complete` (as in the first release) counts only occurrences with all `m` tokens behind them.
+    latest).
     """
     size = tokens.shape[1]
     place = jnp.arange(size)[None, :]
@@ -173,7 +173,7 @@ def prompt_lookup(
         earlier = jnp.pad(text, ((0, 0), (k, 0)), constant_values=NONE)[:, :size]
         agree &= earlier == wanted  # where wanted is NONE, no place before the last token has agreed so far
         run += agree
-    usable = (run > 0) & (place < length[:, None] - (m if complete else 1))
+    usable = (run > 0) & (place < length[:, None] - 1)
     score = jnp.max(jnp.where(usable, run * size + (place if newest else size - 1 - place), 0), axis=1)
     chosen = jnp.mod(score, size) if newest else size - 1 - jnp.mod(score, size)
     read = chosen[:, None] + 1 + jnp.arange(m)[None, :]

@@ -90,15 +90,15 @@ def check_stop_strings(stop_strings: Sequence[str]) -> tuple[str, ...]:
     return tuple(stop_strings)
 
 
-def find_stop(text: str, stop_strings: Sequence[str], searched_from: int = 0) -> int | None:
+def find_stop(text: str, stop_strings: Sequence[str]) -> int | None:
     """Where the text is cut: the start of the stop string that is complete first, of those the longest.
 
     So the cut is the same however the text came in pieces: with stop strings "cd", "bcd", "abcde", the text "xabcdef"
-    is cut to "xa". The first `searched_from` characters are known to hold no whole stop string.
+    is cut to "xa".
     """
     found = []
     for one in stop_strings:
-        start = text.find(one, max(0, searched_from - len(one) + 1))
+        start = text.find(one)
         if start >= 0:
             found.append((start + len(one), start))
     return min(found)[1] if found else None
