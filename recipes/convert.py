@@ -9,7 +9,6 @@ models that fit into its memory. Left out: writing GGUF.
 """
 
 import logging
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +20,10 @@ import jax.numpy as jnp
 from jaxlm.core import config as flags
 from jaxlm.core.log import human_count, setup_logging
 from jaxlm.core.tree import count_parameters
-from jaxlm.data.tokenizer import save_tokenizer
 from jaxlm.generate.engine import Engine, generate
 from jaxlm.generate.settings import SamplingConfig
 from jaxlm.model.decoder import build
-from jaxlm.model.hf import save_hf
-from jaxlm.model.safetensors_io import COMPANIONS
-from jaxlm.train.pretrained import Pretrained, load_pretrained
+from jaxlm.train.pretrained import Pretrained, export_pretrained, load_pretrained
 
 PROG = "recipes.convert"
 log = logging.getLogger(PROG)
@@ -67,16 +63,8 @@ def convert(config: Config) -> None:
              model.tokenizer.vocab_size if model.tokenizer else "no", "a" if model.chat else "no")
     if config.prompt:
         print(f"{config.prompt} | {complete(config, model)}")
-    with tempfile.TemporaryDirectory() as scratch:
-        ids, files = None, []
-        if model.tokenizer:
-            save_tokenizer(model.tokenizer, Path(scratch))
-            for name, content in (model.chat.files() if model.chat else {}).items():
-                (Path(scratch) / name).write_bytes(content)
-            ids = {f"{name}_token_id": getattr(model.tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
-            files = [path for path in Path(scratch).iterdir() if path.name in COMPANIONS]  # others know no byte marker
-        save_hf(config.target, model.config, model.params, architecture=config.architecture, dtype=config.dtype,
-                token_ids=ids, files=files, overwrite=config.overwrite)
+    export_pretrained(model, config.target, architecture=config.architecture, dtype=config.dtype,
+                      overwrite=config.overwrite)
     log.info("written to %s", config.target)
 
 

@@ -184,6 +184,13 @@ def load_hf(
     return (config if pad_vocab_to is None else replace(config, vocab_size=pad_vocab_to)), params
 
 
+def tree_from_hf(
+    config: ModelConfig, architecture: str, read: Callable[[str], np.ndarray], *, dtype: Any = jnp.float32,
+) -> dict[str, Any]:
+    """The parameter tree from tensors by their names in a Hugging Face folder, wherever `read` takes them from."""
+    return fill(_hf_slots(config, architecture), read, dtype, None)
+
+
 def save_hf(
     folder: Path | str, config: ModelConfig, params: Any, *, architecture: str,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32", max_shard_bytes: int = 4 * 10**9,
@@ -218,10 +225,9 @@ def save_hf(
     config = replace(config, vocab_size=vocab_size or config.vocab_size)
     values = to_hf_config(config, architecture, dtype=dtype, token_ids=token_ids)
     plan = _hf_slots(config, architecture)
-    shapes = {name: slot.transform.stored_shape(slot.part) for slot in plan for name in slot.names}
+    specs = {name: (slot.transform.stored_shape(slot.part), jnp.dtype(dtype)) for slot in plan for name in slot.names}
     with new_folder(Path(folder), overwrite=overwrite) as scratch:
-        write_checkpoint(scratch, shapes, _stored(plan, leaves, jnp.dtype(dtype)), dtype=jnp.dtype(dtype),
-                         max_shard_bytes=max_shard_bytes)
+        write_checkpoint(scratch, specs, _stored(plan, leaves, jnp.dtype(dtype)), max_shard_bytes=max_shard_bytes)
         write_json(values, scratch / "config.json")
         for file in files:
             shutil.copy(file, scratch)

@@ -1,6 +1,7 @@
 """Folders of safetensors files: one file or numbered shards with an index, read lazily, written whole or not at all."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,7 +22,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
               "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")
 # What an export may contain; a folder that holds anything else is never replaced.
-EXPORTED = (SINGLE, INDEX, "model-*-of-*.safetensors", "config.json", *COMPANIONS)
+EXPORTED = (SINGLE, INDEX, "model-*-of-*.safetensors", "config.json", "merge.json", "README.md", *COMPANIONS)
 
 
 class Stored(NamedTuple):
@@ -84,18 +85,18 @@ def checkpoint_files(folder: Path) -> dict[Path, set[str] | None]:
 
 
 def write_checkpoint(
-    folder: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, np.ndarray]],
-    *, dtype: np.dtype, max_shard_bytes: int,
+    folder: Path, specs: Mapping[str, tuple[tuple[int, ...], np.dtype]], tensors: Iterable[tuple[str, np.ndarray]],
+    *, max_shard_bytes: int,
 ) -> None:
-    """Writes tensors in the order of `shapes`; at most one shard and one tensor are in memory.
+    """Writes tensors in the order of `specs`, their shapes and types; at most one shard and one tensor are in memory.
 
     A tensor larger than `max_shard_bytes` gets a shard of its own. Raises OSError when the disk is full.
     """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
     shards: list[dict[str, int]] = []
-    for name, shape in shapes.items():
-        size = int(np.prod(shape)) * dtype.itemsize
+    for name, (shape, dtype) in specs.items():
+        size = math.prod(shape) * dtype.itemsize
         if not shards or sum(shards[-1].values()) + size > max_shard_bytes:
             shards.append({})
         shards[-1][name] = size
@@ -105,7 +106,8 @@ def write_checkpoint(
         arrays = {}
         for name in shard:
             streamed, array = next(stream)
-            assert streamed == name and array.shape == tuple(shapes[name])
+            shape, dtype = specs[name]
+            assert streamed == name and array.shape == tuple(shape)
             # safetensors stores the buffer as it lies in memory, whatever the strides say.
             arrays[name] = np.ascontiguousarray(array, dtype)
         save_shard(arrays, folder / file)

@@ -1,9 +1,10 @@
 """Models that exist, with their tokenizer and chat template: run folders, Hugging Face folders, GGUF files."""
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +21,17 @@ from jaxlm.data.tokenizer import (
     Tokenizer,
     check_vocabulary,
     load_tokenizer,
+    save_tokenizer,
     tokenizer_from_files,
 )
 from jaxlm.model import lora
 from jaxlm.model.config import ModelConfig
 from jaxlm.model.decoder import build
 from jaxlm.model.gguf import gguf_chat_template, gguf_special_tokens, gguf_tokenizer_json, load_gguf
-from jaxlm.model.hf import load_hf
+from jaxlm.model.hf import load_hf, save_hf
 from jaxlm.model.hf_config import load_config
 from jaxlm.model.lora import LoraConfig
+from jaxlm.model.safetensors_io import COMPANIONS
 from jaxlm.train.checkpoint import saved_params, saved_run
 
 Put = Callable[[str, Any], Any]  # path and leaf to the leaf that goes into the tree
@@ -103,6 +106,23 @@ def load_weights(
     if put is not None:
         params = jax.tree_util.tree_map_with_path(lambda path, leaf: put(path_name(path), leaf), params)
     return opened._replace(params=params)
+
+
+def export_pretrained(
+    model: Pretrained, folder: Path, *, architecture: str,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32", overwrite: bool = False,
+) -> None:
+    """Writes a Hugging Face folder with the weights, the tokenizer and the chat template; errors of `save_hf`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        ids, files = None, []
+        if model.tokenizer:
+            save_tokenizer(model.tokenizer, Path(scratch))
+            for name, content in (model.chat.files() if model.chat else {}).items():
+                (Path(scratch) / name).write_bytes(content)
+            ids = {f"{name}_token_id": getattr(model.tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+            files = [path for path in Path(scratch).iterdir() if path.name in COMPANIONS]  # others know no byte marker
+        save_hf(folder, model.config, model.params, architecture=architecture, dtype=dtype, token_ids=ids, files=files,
+                overwrite=overwrite)
 
 
 def _hf_start(folder: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
