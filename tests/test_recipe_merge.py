@@ -47,8 +47,8 @@ def test_the_mean_of_two_opens_as_a_model_with_its_tokenizer(models, tmp_path):
 
 def test_the_written_settings_merge_again(models, tmp_path):
     base, a, b = models
-    merge.main(["--models", str(a), str(b), "--base", str(base), "--merge.method", "dare_ties", "--merge.density", "0.5",
-                "--target", str(tmp_path / "m")])
+    merge.main(["--models", str(a), str(b), "--base", str(base), "--merge.method", "dare_ties", "--merge.density",
+                "0.5", "--target", str(tmp_path / "m")])
     merge.main(["--config", str(tmp_path / "m" / "merge.json"), "--target", str(tmp_path / "again")])
     jax.tree.map(np.testing.assert_array_equal, read(tmp_path / "m"), read(tmp_path / "again"))
     config = flags.load_config(merge.Config, tmp_path / "again" / "merge.json")
@@ -76,9 +76,9 @@ def test_any_architecture_with_tensors_that_are_no_floats(tmp_path):
     assert json.loads((tmp_path / "m" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_a_search_finds_the_model_that_wrote_the_text(models, tmp_path, caplog):
+def test_a_search_finds_the_model_that_wrote_the_text(models, tmp_path):
     """Of a broken model and a good one the weights 0 and 1 are best, and the search writes that merge."""
-    base, a, b = models
+    _, a, b = models
     broken = tiny_folder(tmp_path / "broken")
     save_file({name: 30 * array for name, array in read(b).items()}, broken / "model.safetensors",
               metadata={"format": "pt"})
