@@ -105,7 +105,7 @@ def test_candidates_are_the_simplex_grid():
 
 
 def test_errors_name_what_is_wrong_and_leave_nothing(models, tmp_path, capsys):
-    base, a, b = models
+    _, a, b = models
     other = tiny_folder(tmp_path / "other")
     tensors = read(a)
     embedding = "model.embed_tokens.weight"
