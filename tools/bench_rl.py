@@ -5,7 +5,7 @@
 A step is what a user waits for: attempts, rewards, log-probabilities, gradients, AdamW. Both sides sample at
 temperature 1 from random weights (bytes as the vocabulary, so no attempt ends early but by chance), reward the share of
 even ids, keep to no reference, and make one update an iteration; they take turns, and the ratio is TRL's time / ours,
-above 1 means ours is faster. TRL is no dependency: `pip install trl accelerate datasets` first.
+above 1 means ours is faster. Needs the extra `parity`.
 """
 
 import statistics

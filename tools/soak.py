@@ -2,13 +2,16 @@
 
 Run: python -m tools.soak --minutes 30 --processes 2 --devices 4
      python -m tools.soak --steps 40 --kills 3 --processes 1 --devices 8          a short one
+     python -m tools.soak --recipe rl_distill --processes 1 --devices 2           of an RL run
 
 Both runs are the real recipe on CPU devices. The disturbed one meets SIGKILL and SIGTERM, to one process or to all,
 while it starts and compiles, while it trains and while it writes a checkpoint, in random order; then it is started
-again with `--resume` (`--overwrite` as long as no checkpoint is complete). When one process is gone the others must
-end by themselves; those that have not after twice the heartbeat are killed, as a scheduler would. Compared at the end:
-parameters, optimizer moments and data positions of the last checkpoint, and every record of `metrics.jsonl`, those of
-repeated steps too. Exit status 1 when anything differs, or when an attempt failed that nobody disturbed.
+again with `--resume` (`--overwrite` as long as no checkpoint is complete). Training of an RL run is its rollouts,
+scores, updates (step) and evaluations: its processes are stopped, and killed only when the files that they have left
+say that they are where they were meant to be. When one process is gone the others must end by themselves; those that
+have not after twice the heartbeat are killed, as a scheduler would. Compared at the end: parameters, optimizer moments
+and data positions of the last checkpoint, and every record of `metrics.jsonl`, those of repeated steps too. Exit
+status 1 when anything differs, or when an attempt failed that nobody disturbed.
 """
 
 import contextlib
@@ -26,43 +29,30 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-import jax
-import numpy as np
 import tyro
 
-from jaxlm.core.config import load_config
 from jaxlm.core.log import human_seconds
-from jaxlm.core.mesh import MeshConfig, make_mesh
-from jaxlm.core.tree import path_name
-from jaxlm.model.decoder import build
-from jaxlm.model.partition import PARAM_RULES
-from jaxlm.optim.optimizer import make_optimizer
-from jaxlm.train.checkpoint import CheckpointConfig, Checkpointer, CheckpointError, saved_steps
 from jaxlm.train.loop import STOPPED
-from jaxlm.train.state import TrainState, abstract_state
-from recipes.pretrain import Config as RecipeConfig
+from tools.soak_runs import RECIPES, differences, flags, latest, partial, records_of
 
-MODEL = ["--model.vocab-size", "300", "--model.d-model", "64", "--model.num-layers", "2", "--model.num-heads", "4",
-         "--model.num-kv-heads", "2", "--model.head-dim", "16", "--model.d-ff", "128", "--tokenizer.path", "bytes",
-         "--pipeline.batch-size", "16", "--pipeline.seq-len", "64", "--accumulate", "2", "--samples.tokens", "3",
-         "--data.path", "sample:ko?documents=300&weight=2", "sample:en?documents=300",
-         "--data.held-out", "sample:ko?documents=10&split=held_out", "--loop.log-every", "1"]
-MOMENTS = ("start", "training", "checkpoint")
-KINDS = ("SIGKILL one", "SIGKILL all", "SIGTERM one", "SIGTERM all")
-EXACT = ("loss", "accuracy", "grad_norm", "lr", "eval/")  # what a record holds beside times
+Kind = Literal["SIGKILL one", "SIGKILL all", "SIGTERM one", "SIGTERM all"]
+KINDS = get_args(Kind)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """How long and how hard."""
 
+    recipe: Literal["pretrain", "rl_distill"] = "pretrain"
     minutes: float = 30           # of the disturbed run; after them nothing is killed any more
     processes: int = 2
     devices: int = 4              # CPU devices of each process
     steps: int = 0                # 0: as many as fit, by a calibration
     kills: int = 0                # at most so many; 0: as many as come
+    kinds: tuple[Kind, ...] = KINDS
+    moments: tuple[str, ...] = ()  # those of the recipe to strike at; none: all
     heartbeat: int = 10           # seconds, --distributed.heartbeat
     workers: int = 0              # loader processes of each process
     seed: int = 0                 # of the kills
@@ -71,6 +61,11 @@ class Config:
     def __post_init__(self):
         if self.processes < 1 or self.devices < 1 or self.minutes <= 0 or min(self.steps, self.kills) < 0:
             raise ValueError("processes, devices and minutes must be positive, steps and kills not negative")
+        if unknown := [name for name in self.moments if name not in RECIPES[self.recipe].moments]:
+            raise ValueError(f"recipe {self.recipe} has no moment {unknown[0]}, only "
+                             f"{', '.join(RECIPES[self.recipe].moments)}")
+        if not self.kinds:
+            raise ValueError(f"kinds must name some of {', '.join(KINDS)}")
 
 
 @dataclass
@@ -92,9 +87,10 @@ class Tally:
 class Group:
     """The processes of one attempt; their output goes to files."""
 
-    def __init__(self, config: Config, run: Path, arguments: Sequence[str], name: str):
-        self.config, self.records = config, run / "metrics.jsonl"
-        self.seen = _size(self.records) if "--resume" in arguments else 0
+    def __init__(self, config: Config, run: Path, arguments: Sequence[str], name: str, first: int = 0):
+        """`first`: the step that it goes on from."""
+        self.config, self.run, self.first, self.began = config, run, first, time.time()
+        self.seen = _size(run / "metrics.jsonl") if "--resume" in arguments else 0
         logs = config.folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         self.logs = [logs / f"{name}_process_{i}.txt" for i in range(config.processes)]
@@ -108,7 +104,7 @@ class Group:
                         str(config.heartbeat)] if config.processes > 1 else []
             with path.open("wb") as output:
                 self.processes.append(subprocess.Popen(
-                    [sys.executable, "-m", "recipes.pretrain", *arguments, *together], stdout=output,
+                    [sys.executable, "-m", f"recipes.{config.recipe}", *arguments, *together], stdout=output,
                     stderr=subprocess.STDOUT, start_new_session=True,
                     env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(config.devices)}))
 
@@ -119,13 +115,15 @@ class Group:
     def running(self) -> bool:
         return None in self.codes()
 
-    def reported(self) -> int:
-        """Records that this attempt has written."""
-        if _size(self.records) <= self.seen:
-            return 0
-        with self.records.open("rb") as file:
-            file.seek(self.seen)
-            return file.read().count(b"\n")
+    def written(self) -> list[dict[str, Any]]:
+        """Records of this attempt; a run that starts over leaves those of the one before for a while."""
+        return [record for record in records_of(self.run, self.seen) if record["time"] >= self.began]
+
+    def send(self, signum: int) -> None:
+        """To all processes and their loaders, as a scheduler or a terminal does."""
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signum)  # the group is named after the process
 
     def wait(self, seconds: float) -> bool:
         """Whether all ended within so many seconds."""
@@ -137,9 +135,8 @@ class Group:
     def kill(self) -> int:
         """Ends what still runs, also loaders that outlived their process; returns how many processes had not ended."""
         left = self.codes().count(None)
+        self.send(signal.SIGKILL)
         for process in self.processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # the group is named after the process
             process.wait()
         return left
 
@@ -154,19 +151,14 @@ def soak(config: Config) -> list[str]:
     shutil.rmtree(config.folder, ignore_errors=True)
     steps, every = (config.steps, max(2, config.steps // 8)) if config.steps else _fitting(config)
     whole, cut = config.folder / "whole", config.folder / "cut"
-    start, step = _whole(config, whole, _flags(config, whole, steps, every))
+    start, step = _whole(config, whole, flags(config.recipe, whole, steps, every, config.workers))
     print(f"undisturbed: {steps} steps, a checkpoint every {every}, {start:.1f} s to the first step, "
           f"{step:.3f} s a step", flush=True)
     began = time.monotonic()
-    tally = _disturbed(config, cut, _flags(config, cut, steps, every), steps, start, every)
-    different = tally.failures or _differences(whole, cut, steps)
-    _print_table(tally, cut, time.monotonic() - began, different)
+    tally = _disturbed(config, cut, flags(config.recipe, cut, steps, every, config.workers), steps, start, every)
+    different = tally.failures or differences(whole, cut, RECIPES[config.recipe].exact)
+    _print_table(config, tally, cut, time.monotonic() - began, different)
     return different
-
-
-def _flags(config: Config, run: Path, steps: int, every: int) -> list[str]:
-    return [*MODEL, "--folder", str(run), "--loop.steps", str(steps), "--loop.eval-every", str(4 * every),
-            "--checkpoint.every", str(every), "--pipeline.workers", str(config.workers)]
 
 
 def _fitting(config: Config) -> tuple[int, int]:
@@ -176,7 +168,7 @@ def _fitting(config: Config) -> tuple[int, int]:
     start more: the run takes 1 + 1 / 0.8 times its training, and some waiting.
     """
     run = config.folder / "calibration"
-    start, step = _whole(config, run, _flags(config, run, 60, 30))
+    start, step = _whole(config, run, flags(config.recipe, run, 60, 30, config.workers))
     return max(60, round(config.minutes * 60 / 2.4 / step)), max(2, round(start / step))
 
 
@@ -187,28 +179,28 @@ def _whole(config: Config, run: Path, arguments: list[str]) -> tuple[float, floa
         time.sleep(0.1)
     if any(group.codes()):
         raise ValueError(f"the undisturbed run failed with {group.codes()}\n{group.tail()}")
-    times = [record["time"] for record in _records(run) if "loss" in record]
+    times = [record["time"] for record in records_of(run) if RECIPES[config.recipe].finished in record]
     return times[0] - clock, (times[-1] - times[len(times) // 4]) / (len(times) - 1 - len(times) // 4)
 
 
 def _disturbed(config: Config, run: Path, arguments: list[str], steps: int, start: float, every: int) -> Tally:
     """Starts, kills and starts again until the run is done; `start`: about the seconds to the first step."""
     tally, rng, began = Tally(), random.Random(config.seed), time.monotonic()
-    plan = _plan(rng)
+    plan = _plan(rng, config.moments or RECIPES[config.recipe].moments, config.kinds)
     while not tally.failures:
-        saved = _latest(run)
+        saved = latest(run)
         tally.resumes += saved > 0
         tally.restarts += saved == 0 and tally.attempts > 0
         group = Group(config, run, [*arguments, "--resume" if saved else "--overwrite"],
-                      f"{run.name}_{tally.attempts}")
+                      f"{run.name}_{tally.attempts}", saved)
         tally.attempts += 1
         quiet = time.monotonic() - began > 60 * config.minutes or 0 < config.kills <= tally.kills.total()
         try:
-            struck = "" if quiet else _strike(group, run, *next(plan), rng, start, every, tally)
+            struck = "" if quiet else _strike(group, *next(plan), rng, start, every, tally)
             _settle(group, struck, 60 + 3 * start, tally)
         finally:
             group.kill()
-        reached, kept = _last_step(run) if group.reported() else saved, _latest(run)
+        reached, kept = _last_step(group), latest(run)
         if not any(group.codes()):
             if kept == steps:
                 return tally
@@ -217,39 +209,82 @@ def _disturbed(config: Config, run: Path, arguments: list[str], steps: int, star
                 tally.failures.append(f"attempt {tally.attempts} ended in order at step {reached}, but the last "
                                       f"checkpoint is step {kept}\n{group.tail()}")
         tally.lost += max(0, reached - kept)
-        tally.partial += len(list((run / "checkpoints").glob("*-tmp*")))
+        tally.partial += len(partial(run))
     return tally
 
 
-def _plan(rng: random.Random) -> Iterator[tuple[str, str]]:
+def _plan(rng: random.Random, moments: Sequence[str], kinds: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Every kind at every moment, again and again, each time in another order."""
+    every = list(product(moments, kinds))
     while True:
-        yield from rng.sample(list(product(MOMENTS, KINDS)), len(MOMENTS) * len(KINDS))
+        yield from rng.sample(every, len(every))
 
 
-def _strike(group: Group, run: Path, moment: str, kind: str, rng: random.Random, start: float, every: int,
-            tally: Tally) -> str:
+def _strike(group: Group, moment: str, kind: str, rng: random.Random, start: float, every: int, tally: Tally) -> str:
     """Waits for a moment and sends the signal; returns `kind`, or nothing when the attempt ended before."""
-    known = set((run / "checkpoints").glob("*-tmp*"))
-    end, records = time.monotonic() + rng.uniform(0, start), rng.randint(1, 3 * every)
-    begun = {"start": lambda: time.monotonic() > end or group.reported() > 0,
-             "training": lambda: group.reported() >= records,
-             "checkpoint": lambda: bool(set((run / "checkpoints").glob("*-tmp*")) - known)}[moment]
-    while group.running() and not begun():
-        time.sleep(0.005)
-    group.wait(rng.uniform(0, 0.2))  # anywhere in a step, anywhere in the writing
-    if None not in group.codes():
+    if not _wait_for(group, moment, rng, start, every):
         return ""
-    victims = group.processes if kind.endswith("all") else [rng.choice(group.processes)]
     signum = signal.SIGKILL if "SIGKILL" in kind else signal.SIGTERM
-    for process in victims:
-        if kind.endswith("all"):  # as a scheduler or a terminal does: to the loaders too
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signum)
-        else:
-            process.send_signal(signum)
+    if kind.endswith("all"):
+        group.send(signum)
+    else:
+        rng.choice(group.processes).send_signal(signum)
+    group.send(signal.SIGCONT)  # those that `_wait_for` has stopped
     tally.kills[moment, kind] += 1
     return kind
+
+
+def _wait_for(group: Group, moment: str, rng: random.Random, start: float, every: int) -> bool:
+    """Whether the moment came before the attempt ended."""
+    known = partial(group.run)
+    end, records = time.monotonic() + rng.uniform(0, start), rng.randint(1, 3 * every)
+    begun = {"start": lambda: time.monotonic() > end or bool(group.written()),
+             "training": lambda: len(group.written()) >= records,
+             "checkpoint": lambda: bool(partial(group.run) - known)}.get(moment)
+    iteration = group.first + rng.randint(0, 2 * every)
+    there = lambda: (seen := _phase(group))[1] == moment and seen[0] >= iteration
+    while begun is None and group.running():  # a phase of milliseconds: stopped, and only then sure
+        if there():
+            time.sleep(rng.uniform(0, 0.02))
+            group.send(signal.SIGSTOP)
+            time.sleep(0.01)
+            if there():
+                return None in group.codes()
+            group.send(signal.SIGCONT)
+        time.sleep(0.002)
+    while begun is not None and group.running() and not begun():
+        time.sleep(0.005)
+    group.wait(rng.uniform(0, 0.2))  # anywhere in a step, anywhere in the writing
+    return None in group.codes()
+
+
+def _phase(group: Group) -> tuple[int, str]:
+    """Iteration and phase of an RL run, by what this attempt has written; "" when that does not tell.
+
+    An iteration leaves its attempts behind the rollout, a page of them behind the score, a record behind the updates.
+    """
+    records = group.written()
+    done = max((record["step"] for record in records if RECIPES["rl_distill"].finished in record), default=group.first)
+    if _fresh(group, f"pages/{done:06d}.html"):
+        return done, "step"
+    if _fresh(group, f"rollouts/{done:06d}.jsonl"):
+        return done, "score"
+    if not records:
+        return done, ""
+    loop = json.loads((group.run / "config.json").read_text())["loop"]
+    evaluated = any(record["step"] == done and any(name.startswith("eval/") for name in record) for record in records)
+    if not evaluated and (done == loop["iterations"] or done % loop["eval_every"] == 0):
+        return done, "evaluation"
+    if done == loop["iterations"]:
+        return done, ""
+    # Attempts that an attempt before has left are only read.
+    return done, "score" if (group.run / f"rollouts/{done:06d}.jsonl").exists() else "rollout"
+
+
+def _fresh(group: Group, name: str) -> bool:
+    """Whether this attempt has written a file."""
+    path = group.run / name
+    return path.exists() and path.stat().st_mtime >= group.began
 
 
 def _settle(group: Group, struck: str, limit: float, tally: Tally) -> None:
@@ -270,80 +305,21 @@ def _settle(group: Group, struck: str, limit: float, tally: Tally) -> None:
                               f"status {group.codes()}\n{group.tail()}")
 
 
-def _differences(whole: Path, cut: Path, steps: int) -> list[str]:
-    """What is not the same in the last checkpoints and in the records of two runs."""
-    found = []
-    left, right = (_last_state(run, steps) for run in (whole, cut))
-    for name, value in left[0].items():
-        other = right[0][name]
-        if value.dtype != other.dtype or value.tobytes() != other.tobytes():
-            found.append(f"{name}: {int((value != other).sum())} of {value.size} numbers differ")
-    if left[0].keys() != right[0].keys() or left[1] != right[1]:
-        found.append("the positions in the data differ")
-    expected = {}
-    for record in _records(whole):
-        expected |= {(record["step"], name): value for name, value in _exact(record).items()}
-    seen = {}
-    for record in _records(cut):
-        for name, value in _exact(record).items():
-            seen[record["step"], name] = value
-            if expected.get((record["step"], name)) != value:
-                found.append(f"step {record['step']}: {name} {value} instead of {expected.get((record['step'], name))}")
-    if seen.keys() != expected.keys():
-        found.append(f"{len(expected.keys() - seen.keys())} records are missing")
-    return found
-
-
-def _last_state(run: Path, steps: int) -> tuple[dict[str, np.ndarray], Any]:
-    """The arrays by name and the data positions of the last checkpoint, read on one device."""
-    class Position:
-        def set_state(self, state: Any) -> None:
-            self.state = state
-
-    config, position = load_config(RecipeConfig, run / "config.json"), Position()
-    abstract = abstract_state(build(config.model, config.compute).init, make_optimizer(config.optim, steps),
-                              make_mesh(MeshConfig(), jax.devices()[:1]), PARAM_RULES)
-    checkpointer = Checkpointer(run, CheckpointConfig(), {}, {})
-    state: TrainState = checkpointer.restore(abstract, position)
-    checkpointer.close()
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(state))
-    return {path_name(path): np.asarray(leaf) for path, leaf in leaves}, position.state
-
-
-def _exact(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name.startswith(EXACT)}
-
-
-def _records(run: Path) -> list[dict[str, Any]]:
-    """Every record in the order of writing; a line that a kill tore is left out."""
-    records, path = [], run / "metrics.jsonl"
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
-    return records
-
-
-def _last_step(run: Path) -> int:
-    """The step reported last; an attempt before may have reported later ones, which no checkpoint held."""
-    return next((record["step"] for record in reversed(_records(run)) if "loss" in record), 0)
-
-
-def _latest(run: Path) -> int:
-    """Step of the newest complete checkpoint, or 0."""
-    try:
-        return saved_steps(run.absolute() / "checkpoints")[0]
-    except CheckpointError:
-        return 0
+def _last_step(group: Group) -> int:
+    """The step that this attempt reported last, or the one that it began with."""
+    finished = RECIPES[group.config.recipe].finished
+    return next((record["step"] for record in reversed(group.written()) if finished in record), group.first)
 
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _print_table(tally: Tally, cut: Path, seconds: float, different: Sequence[str]) -> None:
-    steps = [record["step"] for record in _records(cut) if "loss" in record]
+def _print_table(config: Config, tally: Tally, cut: Path, seconds: float, different: Sequence[str]) -> None:
+    recipe = RECIPES[config.recipe]
+    steps = [record["step"] for record in records_of(cut) if recipe.finished in record]
     print(f"\n| kills | {' | '.join(KINDS)} |\n| --- |{' --- |' * len(KINDS)}")
-    for moment in MOMENTS:
+    for moment in recipe.moments:
         print(f"| {moment} | {' | '.join(str(tally.kills[moment, kind]) for kind in KINDS)} |")
     rows = {
         "disturbed run": human_seconds(seconds), "kills": tally.kills.total(), "attempts": tally.attempts,
