@@ -4,28 +4,26 @@ A student attempts tasks with tools, a few times each; what it did is judged, co
 task, and learnt from: GRPO with a dense composite reward. Everything is one program: the sampler and the learner share
 parameters and numerics.
 
-    python -m recipes.rl_distill --preset smoke                        embedded tasks, 2 CPU cores
-    python -m recipes.rl_distill --preset smoke --init runs/sft        a student that recipes.sft has warmed up
+    python -m recipes.rl_distill --preset smoke --init runs/sft        embedded tasks, 2 CPU cores; recipes.sft warms up
     python -m recipes.rl_distill --preset sparse --init MODEL          outcome only; mentor_f1, mentor_ordered, ...
     python -m recipes.rl_distill --preset mentor --plan v5p:2x2x2      the paper's settings for a 7B, what a step costs
+    python -m recipes.rl_distill --init S --lora.rank 16               only adapters learn; DoRA: --lora.kind dora
+    python -m recipes.rl_distill --init S --tasks.search corpus.jsonl  every task also offers keyword_search
+    python -m recipes.rl_distill --init S --env.max-turns 1 --tasks.train bfcl:BFCL_v4_simple_python.json
     python -m recipes.rl_distill --preset smoke --init S --teacher T --objective.teacher.coefficient 1 \
       --objective.teacher.estimator k1 --objective.teacher.place advantage   on-policy distillation; k2 in loss: KDRL
     python -m recipes.rl_distill --config runs/rl/config.json --resume
 
 MODEL is a run folder, a Hugging Face folder or a GGUF file. `runs/rl/pages` shows attempts in colour,
-`runs/rl/metrics.jsonl` everything else. Results: docs/results.md. Left out: the paper's data and teacher, which are not
-public; embedded tasks take their place.
+`runs/rl/metrics.jsonl` everything else. Adapters stand beside a frozen base, which is also the reference of a KL; the
+next run, `recipes.generate` and `recipes.convert` merge them. Results: docs/results.md. Left out: the paper's data and
+teacher, which are not public (embedded tasks take their place), and search by embeddings (words only, BM25).
 """
 
-import contextlib
-import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,50 +31,36 @@ import optax
 from jax.sharding import Mesh
 
 from jaxlm.core import config as flags
-from jaxlm.core import distributed
-from jaxlm.core.distributed import DistributedConfig, is_primary
-from jaxlm.core.log import MetricLog, human_count, setup_logging
+from jaxlm.core.distributed import DistributedConfig
 from jaxlm.core.mesh import MeshConfig, make_mesh
-from jaxlm.core.tree import count_parameters
 from jaxlm.generate.engine import Engine, EngineConfig
 from jaxlm.model.config import ComputeConfig, ModelConfig
-from jaxlm.model.decoder import build
+from jaxlm.model.lora import LoraConfig
 from jaxlm.model.presets import MODELS
 from jaxlm.objective.algorithm import ALGORITHMS, PolicyConfig
 from jaxlm.optim.optimizer import OptimConfig, make_optimizer
 from jaxlm.optim.schedule import ScheduleConfig, make_schedule
-from jaxlm.reward.compose import RewardConfig, compose
+from jaxlm.reward.compose import RewardConfig
 from jaxlm.reward.presets import PRESETS as REWARDS
-from jaxlm.reward.trajectory import Trajectory
-from jaxlm.rl.env import Dialogue, EnvConfig, ToolEnv, episode_template
-from jaxlm.rl.evaluation import EvalSet, greedy, make_eval_set, make_evaluation
+from jaxlm.rl.env import EnvConfig
 from jaxlm.rl.learner import BatchConfig, PolicyLearner, Scene
-from jaxlm.rl.loop import PHASES, Progress, RLLoopConfig, fit_rl
-from jaxlm.rl.plan import update_program, update_work
-from jaxlm.rl.policy_params import RULES, abstract_policy, load_policy
-from jaxlm.rl.rollout import RolloutConfig, make_prompts
-from jaxlm.rl.settings import check_settings, num_rows
-from jaxlm.rl.task_set import open_task_set
+from jaxlm.rl.loop import PHASES, RLLoopConfig
+from jaxlm.rl.plan import plan_update
+from jaxlm.rl.policy_params import RULES, Additions, abstract_policy, load_policy
+from jaxlm.rl.rollout import RolloutConfig
+from jaxlm.rl.run import Run, launch
+from jaxlm.rl.scene import TaskConfig, open_scene
+from jaxlm.rl.settings import Settings, check_settings
 from jaxlm.rl.update import Policy
-from jaxlm.train.checkpoint import CheckpointConfig, Checkpointer
+from jaxlm.train.checkpoint import CheckpointConfig
 from jaxlm.train.chips import parse_topology
-from jaxlm.train.folder import check_folder, check_resumable, check_shared, clear_folder
-from jaxlm.train.loop import STOPPED, NonFiniteError
+from jaxlm.train.folder import check_folder, check_resumable
+from jaxlm.train.loop import NonFiniteError
 from jaxlm.train.measure import Ledger
-from jaxlm.train.plan import plan_report
 from jaxlm.train.pretrained import Pretrained, open_pretrained
-from jaxlm.train.state import state_of
+from jaxlm.train.step import part_optimizer
 
 PROG = "recipes.rl_distill"
-log = logging.getLogger(PROG)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskConfig:
-    """What is attempted; see `jaxlm.rl.task_sources.open_tasks`."""
-
-    train: tuple[str, ...] = ("words:train?count=2000",)
-    held_out: tuple[str, ...] = ("words:held_out?count=60", "words:unseen?count=60")  # a set each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +71,7 @@ class Config:
     teacher: str = ""                     # a model of the same tokenizer that scores attempts (objective.teacher)
     model: ModelConfig = MODELS["tiny"]   # that of `init`
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)  # rank 0: the whole model is learnt
     tasks: TaskConfig = field(default_factory=TaskConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -131,68 +116,21 @@ PRESETS = {
 }
 
 
-class Prepared(NamedTuple):
-    """What `prepare` has checked and opened."""
-
-    config: Config
-    mesh: Mesh
-    opened: Pretrained
-    params: Any                # the student's, on the mesh, with a value head where the objective needs one
-    reference: Any             # those that a KL keeps to, or None
-    teacher: tuple[Policy, Any] | None
-    tx: optax.GradientTransformation
-    scene: Scene
-    sets: dict[str, EvalSet]
-
-
 def lasting(config: Config) -> Config:
     """The part of a configuration that describes the run, not this start of it."""
     return replace(config, resume=False, overwrite=False, plan="", distributed=DistributedConfig())
 
 
-def prepare(config: Config) -> Prepared:
-    """Everything that can fail for reasons of the user, before anything is written or trained."""
-    check_folder(config.folder, resume=config.resume, overwrite=config.overwrite)
-    if not config.init:
-        raise ValueError("--init names the student: a run folder (recipes.sft makes one), a Hugging Face folder or a "
-                         ".gguf file")
-    for name in ("init", "teacher"):
-        if getattr(config, name) and Path(getattr(config, name)).resolve() == config.folder.resolve():
-            raise ValueError(f"--{name} and --folder are the same folder, {config.folder}; this run needs its own")
-    mesh = make_mesh(config.mesh)
-    config, opened = open_init(config)
-    if config.resume:
-        saved = flags.load_config(Config, config.folder / "config.json")
-        check_resumable(compared(saved), compared(config), fixed=(
-            "init", "teacher", "model", "tasks", "env", "rollout", "batch", "reward", "objective", "seed"),
-            ignored=("folder",))
-    check_settings(config.model, config.compute, config.rollout, config.batch, config.objective, config.reward, mesh)
-    teacher = open_teacher(config, opened)
-    parts, tools = open_task_set((*config.tasks.train, *config.tasks.held_out))
-    train = list(chain.from_iterable(parts[:len(config.tasks.train)]))
-    names = [spec.partition("?")[0] for spec in config.tasks.held_out]
-    names = names if len(set(names)) == len(names) else list(config.tasks.held_out)
-    held_out = dict(zip(names, parts[len(config.tasks.train):], strict=True))
-    template = episode_template(config.env, opened.chat, opened.tokenizer)
-    dialogue = Dialogue(tools, template, opened.tokenizer, config.env)
-    prompts = make_prompts(dialogue, train, config.rollout.max_prompt)
-    if len(prompts) < len(train):
-        log.warning("%d of %d tasks are left out: their prompts are longer than rollout.max_prompt %d",
-                    len(train) - len(prompts), len(train), config.rollout.max_prompt)
-    sets = {name: make_eval_set(dialogue, tasks, config.rollout.max_prompt) for name, tasks in held_out.items()}
-    if len(prompts) < config.batch.prompts:
-        raise ValueError(f"{len(prompts)} tasks are fewer than batch.prompts {config.batch.prompts}")
-    scene = Scene(train, prompts, ToolEnv(tools, config.env), dialogue, compose(config.reward, Trajectory._fields),
-                  tuple(term.weight for term in config.reward.terms))
-    tx = make_tx(config)
-    value_head = config.objective.advantage == "gae"
-    abstract_policy(config.model, tx, mesh, value_head)  # the mesh must divide every parameter
-    params = load_policy(config.init, opened, mesh, value_head)
-    reference = None
-    if config.objective.kl.coefficient:  # a new run trains, and gives away, its own copy
-        reference = params if config.resume else jax.tree.map(jnp.copy, params)
-    return Prepared(config, mesh, opened._replace(params=None), None if config.resume else params, reference,
-                    scoring_teacher(config, opened, teacher, mesh), tx, scene, sets)
+def compared(config: Config) -> Config:
+    """What a resumed run must share: without what changes its speed and memory only."""
+    return replace(lasting(config), rollout=replace(config.rollout, engine=EngineConfig()),
+                   batch=replace(config.batch, micro_rows=1, loss_chunks=1))
+
+
+def settings_of(config: Config) -> Settings:
+    """What decides an update."""
+    return Settings(config.model, config.compute, config.rollout, config.batch, config.objective, config.reward,
+                    Additions(config.lora, config.objective.advantage == "gae", config.seed))
 
 
 def open_init(config: Config) -> tuple[Config, Pretrained]:
@@ -203,13 +141,6 @@ def open_init(config: Config) -> tuple[Config, Pretrained]:
     if not config.resume and config.model not in (opened.config, *(preset.model for preset in PRESETS.values())):
         raise ValueError("--init brings its own model configuration; leave out the --model flags")
     return replace(config, model=opened.config), opened
-
-
-def compared(config: Config) -> Config:
-    """What a resumed run must share: without what changes its speed and memory only."""
-    same = PRESETS["smoke"]
-    return replace(lasting(config), rollout=replace(config.rollout, engine=same.rollout.engine),
-                   batch=replace(config.batch, micro_rows=1, loss_chunks=1))
 
 
 def open_teacher(config: Config, opened: Pretrained) -> Pretrained | None:
@@ -226,9 +157,15 @@ def open_teacher(config: Config, opened: Pretrained) -> Pretrained | None:
     return teacher
 
 
-def make_tx(config: Config) -> optax.GradientTransformation:
-    """The optimizer over all updates of the run."""
-    return make_optimizer(config.optim, num_updates(config))
+def check_start(config: Config) -> None:
+    """ValueError for folders and names that do not fit what was asked for."""
+    check_folder(config.folder, resume=config.resume, overwrite=config.overwrite)
+    if not config.init:
+        raise ValueError("--init names the student: a run folder (recipes.sft makes one), a Hugging Face folder or a "
+                         ".gguf file")
+    for name in ("init", "teacher"):
+        if getattr(config, name) and Path(getattr(config, name)).resolve() == config.folder.resolve():
+            raise ValueError(f"--{name} and --folder are the same folder, {config.folder}; this run needs its own")
 
 
 def num_updates(config: Config) -> int:
@@ -236,81 +173,69 @@ def num_updates(config: Config) -> int:
     return config.loop.iterations * config.batch.minibatches * config.batch.epochs
 
 
-def make_learner(run: Prepared) -> PolicyLearner:
-    """The parts of the loop."""
-    config, tokenizer = run.config, run.opened.tokenizer
-    model = build(config.model, config.compute)
-    schedule = make_schedule(config.optim.schedule, config.optim.lr, num_updates(config))
-    return PolicyLearner(
-        Policy(model, config.rollout.temperature, config.batch.loss_chunks, tokenizer.vocab_size),
-        Engine(model=model, params=None, eos_id=tokenizer.eos_id, tokenizer=tokenizer, config=config.rollout.engine),
-        run.scene, config.objective, rollouts=config.rollout, batch=config.batch, tx=run.tx, schedule=schedule,
-        mesh=run.mesh, rules=RULES, seed=config.seed, reference=run.reference, teacher=run.teacher)
+def make_tx(config: Config) -> optax.GradientTransformation:
+    """The optimizer of what is learnt, over all updates of the run."""
+    return part_optimizer(make_optimizer(config.optim, num_updates(config)), settings_of(config).additions.trainable())
 
 
-def scoring_teacher(
-    config: Config, opened: Pretrained, teacher: Pretrained | None, mesh: Mesh,
-) -> tuple[Policy, Any] | None:
-    """The teacher with its weights on the mesh."""
-    if teacher is None:
-        return None
-    params = load_policy(config.teacher, teacher, mesh, False)
-    model = build(teacher.config, config.compute)
-    return Policy(model, config.rollout.temperature, config.batch.loss_chunks, opened.tokenizer.vocab_size), params
-
-
-def train(run: Prepared, ledger: Ledger) -> bool:
-    """Runs to the end (True), or to a signal."""
-    config = run.config
-    template = episode_template(config.env, run.opened.chat, run.opened.tokenizer)
-    checkpointer = Checkpointer(config.folder, config.checkpoint, flags.to_json(lasting(config)),
-                                run.opened.tokenizer.files() | template.files())
-    progress = Progress()
+def prepare(config: Config) -> Run:
+    """Everything that can fail for reasons of the user, before anything is written or trained."""
+    check_start(config)
+    mesh = make_mesh(config.mesh)
+    config, opened = open_init(config)
     if config.resume:
-        state = checkpointer.restore(
-            abstract_policy(config.model, run.tx, run.mesh, config.objective.advantage == "gae"), progress)
-        log.info("resumed at iteration %d", progress.iteration)
-    else:
-        state = state_of(run.params, run.tx, run.mesh, RULES)  # run.params are given away
-    learner = make_learner(run)
-    log.info("%s parameters, %d tasks, %d tools, mesh %s, %d processes", human_count(count_parameters(state.params)),
-             len(run.scene.prompts), len(run.scene.env.tools), dict(run.mesh.shape), jax.process_count())
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(run.scene.env)
-        metric_log = MetricLog(config.folder, active=is_primary())
-        for part in (metric_log, checkpointer):
-            stack.callback(part.close)
-        _, finished = fit_rl(
-            state, learner, progress, mesh=run.mesh, config=config.loop, folder=config.folder,
-            checkpointer=checkpointer, metric_log=metric_log, ledger=ledger,
-            evaluate=make_evaluation(learner, run.sets, greedy(config.rollout), config.seed))
-    log.info("rollouts: %s", learner.report.line())
-    log.info("run folder: %s", config.folder)
-    return finished
+        saved = flags.load_config(Config, config.folder / "config.json")
+        check_resumable(compared(saved), compared(config), ignored=("folder",), fixed=(
+            "init", "teacher", "model", "lora", "tasks", "env", "rollout", "batch", "reward", "objective", "seed"))
+    settings, tokenizer = settings_of(config), opened.tokenizer
+    check_settings(settings, mesh)
+    teacher = open_teacher(config, opened)
+    scene, sets, template = open_scene(
+        config.tasks, config.env, config.reward, opened.chat, tokenizer, max_prompt=config.rollout.max_prompt,
+        at_least=config.batch.prompts)
+    tx = make_tx(config)
+    abstract = abstract_policy(config.model, tx, mesh, settings.additions)  # the mesh must divide every parameter
+    params, reference = load_student(config, opened, mesh)
+    if teacher is not None:
+        policy = settings._replace(model=teacher.config).make_policy(tokenizer.vocab_size)
+        teacher = policy, load_policy(config.teacher, teacher, mesh, Additions())
+    return Run(
+        folder=config.folder, config=lasting(config), files=tokenizer.files() | template.files(), params=params,
+        abstract=abstract, additions=settings.additions, tx=tx, sets=sets, loop=config.loop,
+        checkpoint=config.checkpoint, learner=make_learner(config, opened, mesh, scene, tx, reference, teacher))
+
+
+def load_student(config: Config, opened: Pretrained, mesh: Mesh) -> tuple[Any, Any]:
+    """Parameters to start from, and those that a KL keeps to; None where a checkpoint, or the run itself, has them."""
+    separate = config.objective.kl.coefficient and not config.lora.rank  # adapters stand beside the reference
+    if config.resume and not separate:
+        return None, None
+    params = load_policy(config.init, opened, mesh, settings_of(config).additions)
+    if config.resume:
+        return None, params
+    return params, jax.tree.map(jnp.copy, params) if separate else None  # a new run gives its own away
+
+
+def make_learner(config: Config, opened: Pretrained, mesh: Mesh, scene: Scene, tx: optax.GradientTransformation,
+                 reference: Any, teacher: tuple[Policy, Any] | None) -> PolicyLearner:
+    """The parts of the loop."""
+    settings, tokenizer = settings_of(config), opened.tokenizer
+    policy = settings.make_policy(tokenizer.vocab_size)
+    engine = Engine(model=policy.model, params=None, eos_id=tokenizer.eos_id, tokenizer=tokenizer,
+                    config=config.rollout.engine)
+    return PolicyLearner(
+        policy, engine, scene, config.objective, rollouts=config.rollout, batch=config.batch, tx=tx,
+        schedule=make_schedule(config.optim.schedule, config.optim.lr, num_updates(config)), mesh=mesh, rules=RULES,
+        seed=config.seed, reference=reference, teacher=teacher, trainable=settings.additions.trainable())
 
 
 def plan(config: Config) -> None:
     """Compiles an update for chips that are not here and prints what it costs."""
-    program = partial(update_program, config.model, config.compute, config.rollout, config.batch, config.objective,
-                      config.reward, make_tx(config), config.optim.lr)
-    work = update_work(config.model, config.rollout, config.batch)
-    plan_report(program, parse_topology(config.plan), config.mesh,
-                max(1, num_rows(config.batch) // config.batch.micro_rows), work, print)
-
-
-def claim(run: Prepared) -> None:
-    """Makes the folder of a new run: from here on an old one is gone."""
-    if is_primary():
-        if not run.config.resume:
-            clear_folder(run.config.folder)
-        flags.save_config(lasting(run.config), run.config.folder / "config.json")
-
-
-def facts(run: Prepared) -> dict[str, str]:
-    """What must be the same in all processes."""
-    return {"configuration": json.dumps(flags.to_json(lasting(run.config))),
-            "tokenizer": run.opened.tokenizer.fingerprint(),
-            "tasks": json.dumps([task.id for task in run.scene.tasks])}
+    if config.resume or config.overwrite:
+        raise ValueError("--plan writes nothing: leave out --resume and --overwrite")
+    if config.init:  # else of the model that the preset names
+        config, _ = open_init(config)
+    plan_update(settings_of(config), make_tx(config), config.optim.lr, parse_topology(config.plan), config.mesh, print)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -319,20 +244,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = flags.parse(PRESETS, argv, prog=PROG, description=__doc__)
     try:
         if config.plan:
-            if config.resume or config.overwrite:
-                raise ValueError("--plan writes nothing: leave out --resume and --overwrite")
-            if config.init:
-                config = open_init(config)[0]
             plan(config)
-            return
-        setup_logging(config.distributed.process_id or 0)
-        distributed.start(config.distributed)
-        setup_logging(jax.process_index())
-        run = distributed.together(lambda: prepare(config), facts)
-        distributed.together(lambda: claim(run))
-        distributed.together(lambda: check_shared(config.folder))
-        if not train(run, ledger):
-            raise SystemExit(STOPPED)
+        else:
+            launch(config.distributed, lambda: prepare(config), ledger)
     except (ValueError, OSError, NonFiniteError) as error:
         flags.fail(error, PROG)
     finally:

@@ -6,10 +6,14 @@ import json
 import jax
 import pytest
 
+from jaxlm.core.mesh import make_mesh
+from jaxlm.core.tree import count_parameters
 from jaxlm.data.chat_template import TEMPLATE_FILE, TEMPLATES
 from jaxlm.data.tokenizer import save_tokenizer
 from jaxlm.model.decoder import build
 from jaxlm.model.hf import save_hf
+from jaxlm.model.lora import LoraConfig
+from jaxlm.rl.plan import update_program
 from jaxlm.rl.task import read_tasks
 from recipes import demonstrations, rl_distill, teacher
 from tests.tiny_chat import MODEL, json_tokenizer, tiny_folder
@@ -65,7 +69,10 @@ def test_a_run_from_flags_to_files(student, tmp_path, capsys):
     (("--init", "STUDENT", "--teacher", "STUDENT"), "give both or none"),
     (("--preset", "mentro"), "did you mean 'mentor'"),
     (("--init", "STUDENT", "--env.template", "hermse"), "did you mean 'hermes'"),
-    (("--init", "STUDENT", "--env.template", "chatml"), "shows no tools"),
+    (("--init", "STUDENT", "--env.template", "chatml"), "give --env.template hermes"),
+    (("--init", "STUDENT", "--tasks.search", "missing.jsonl"), "missing.jsonl: cannot be read"),
+    (("--plan", "v5e:2x2", "--batch.prompts", "5", "--batch.micro-rows", "4"),
+     "batch.micro_rows 4 does not divide the 10 rows"),
     (("--init", "STUDENT", "--model.num-layers", "3"), "leave out the --model flags"),
     (("--init", "STUDENT", "--objective.advantage", "gdpo"), "rewards of plain terms"),
     (("--init", "STUDENT", "--mesh.data", "1", "--mesh.tensor", "8"), "cannot be split"),
@@ -84,6 +91,28 @@ def test_bad_flags_are_one_sentence(flags, message, student, tmp_path, capsys):
     folder = [] if "--folder" in flags else ["--folder", tmp_path / "run"]
     assert message in fails(capsys, *preset, *flags, *folder)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_an_update_of_mentor_costs_on_chips_that_are_not_here(student, capsys):
+    rl_distill.main(["--preset", "mentor", "--init", str(student), "--rollout.max-prompt", "60",
+                     "--rollout.max-response", "68", "--batch.seq-len", "128", "--plan", "v5e:2x2"])
+    said = capsys.readouterr().out
+    assert "One update of 80 rows of 128 tokens" in said
+    assert "4 x TPU v5 lite; mesh fsdp 4; accumulate 10" in said and "MFU at most" in said
+
+
+def test_a_planned_update_of_adapters_keeps_no_moments_of_the_base():
+    config = rl_distill.PRESETS["smoke"]
+    sizes, mesh = [], make_mesh(config.mesh)
+    for rank in (0, 2):
+        config = dataclasses.replace(config, lora=LoraConfig(rank=rank))
+        step, (state, batch) = update_program(
+            rl_distill.settings_of(config), rl_distill.make_tx(config), 1e-4, mesh, accumulate=8)
+        assert batch.rows.tokens.shape == (64, 440)
+        assert jax.tree.structure(jax.eval_shape(step, state, batch)[0]) == jax.tree.structure(state)
+        sizes.append((count_parameters(state.params), count_parameters(state.opt_state)))
+    adapters = sizes[1][0] - sizes[0][0]
+    assert sizes[0][1] > 2 * sizes[0][0] and 0 < sizes[1][1] < 2 * adapters + 10
 
 
 def test_a_task_file_with_a_missing_field_is_named(student, tmp_path, capsys):

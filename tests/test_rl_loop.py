@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -216,3 +217,11 @@ def test_dynamic_sampling_draws_until_groups_differ(tmp_path, monkeypatch):
     monkeypatch.setattr(it, "_equal", lambda group: asked.append(group) or len(asked) in (1, 2, 4))
     episodes, drawn = it.rollout(jax.jit(init)(jax.random.key(0)), 0, 0)
     assert drawn == 5 and [one.group for one in episodes] == [0] * 4 + [1] * 4 and len(asked) == 5
+
+
+def test_extremes_of_several_updates_stay_extremes():
+    numbers = [{"skipped": 0.0, "loss": 1.0, "grad_norm": 1.0, "ratio_min": low, "ratio_max": high}
+               for low, high in ((0.5, 1.1), (0.9, 1.7))]
+    learner = SimpleNamespace(updates=lambda *_: [lambda state, one=one: (state, one) for one in numbers])
+    _, found, _ = loop._update(None, learner, None, 1, skipped=0, max_skipped=2)
+    assert (found["ratio_min"], found["ratio_max"], found["loss"], found["updates"]) == (0.5, 1.7, 1.0, 2)

@@ -28,6 +28,7 @@ from jaxlm.core.mesh import MeshConfig, make_mesh
 from jaxlm.data.chat_template import chatml
 from jaxlm.data.tokenizer import JsonTokenizer
 from jaxlm.generate.engine import Engine, EngineConfig
+from jaxlm.model.config import ComputeConfig
 from jaxlm.model.decoder import Model, build
 from jaxlm.model.hf import save_hf
 from jaxlm.model.partition import PARAM_RULES
@@ -54,6 +55,8 @@ class Config:
     prompts: int = 8
     samples: int = 8
     new_tokens: int = 64
+    micro_rows: int = 16     # rows whose gradients are computed at once: what a CPU's caches hold
+    scan_unroll: int = 8     # layers per iteration of the scan; all of them spares the copies that a scan makes
     steps: int = 4           # counted, after one that warms up
 
     def __post_init__(self) -> None:
@@ -93,7 +96,8 @@ class Ours:
             Scene(tasks, make_prompts(dialogue, tasks, width), ToolEnv((), EnvConfig()), dialogue,
                   jax.jit(reward), (1.0,)),
             ALGORITHMS["dapo"], rollouts=RolloutConfig(max_prompt=width, max_response=config.new_tokens),
-            batch=BatchConfig(prompts=config.prompts, samples=config.samples, micro_rows=rows), tx=tx,
+            batch=BatchConfig(prompts=config.prompts, samples=config.samples,
+                              micro_rows=min(config.micro_rows, rows)), tx=tx,
             schedule=optax.constant_schedule(1e-6), mesh=mesh, rules=PARAM_RULES, seed=0)
         self.state = init_state(lambda key: params, tx, jax.random.key(0), mesh, PARAM_RULES)
         self.mesh, self.count = mesh, 0
@@ -156,7 +160,8 @@ def run(config: Config) -> None:
     """Both, in turns."""
     tokenizer_json = byte_tokenizer()
     tokenizer = JsonTokenizer(tokenizer_json.encode())
-    model = build(replace(MODELS[config.model], vocab_size=tokenizer.vocab_size, tie_embeddings=False))
+    model = build(replace(MODELS[config.model], vocab_size=tokenizer.vocab_size, tie_embeddings=False),
+                  ComputeConfig(scan_unroll=config.scan_unroll))
     params = jax.jit(model.init)(jax.random.key(0))
     questions = [f"question {i:04d}" for i in range(config.prompts)]
     ours = Ours(config, model, params, tokenizer, questions)

@@ -1,4 +1,4 @@
-"""Masked reductions. A loss is summed everywhere and divided once, by the global weight."""
+"""Masked reductions. A loss is summed everywhere and divided once, by the global weight; extremes stay extremes."""
 
 from typing import NamedTuple
 
@@ -19,6 +19,41 @@ class Mean(NamedTuple):
     def value(self) -> jax.Array:
         """`total / weight`; 0 where nothing was counted."""
         return safe_divide(self.total, self.weight)
+
+    def over_parts(self) -> "Mean":
+        """One of many, stacked along the first axis."""
+        return Mean(jnp.sum(self.total, axis=0), jnp.sum(self.weight, axis=0))
+
+
+class Smallest(NamedTuple):
+    """The least of some values; infinity while there are none. Of `[Smallest(0.9), Smallest(0.4)]` it is 0.4."""
+
+    least: jax.Array  # scalar float32
+
+    def value(self) -> jax.Array:
+        """The least; 0 where nothing was counted."""
+        return jnp.where(self.least == jnp.inf, 0, self.least)
+
+    def over_parts(self) -> "Smallest":
+        """One of many, stacked along the first axis."""
+        return Smallest(jnp.min(self.least, axis=0))
+
+
+class Largest(NamedTuple):
+    """The greatest of some values; minus infinity while there are none."""
+
+    most: jax.Array  # scalar float32
+
+    def value(self) -> jax.Array:
+        """The greatest; 0 where nothing was counted."""
+        return jnp.where(self.most == -jnp.inf, 0, self.most)
+
+    def over_parts(self) -> "Largest":
+        """One of many, stacked along the first axis."""
+        return Largest(jnp.max(self.most, axis=0))
+
+
+Metric = Mean | Smallest | Largest  # of a batch, so that the metric of its parts is exactly that of the whole
 
 
 def safe_divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:

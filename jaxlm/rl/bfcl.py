@@ -4,7 +4,7 @@
                                          "function": [{"name": ..., "description": ..., "parameters": {...}}]}
     possible_answer/BFCL_v4_NAME.json   {"id": ..., "ground_truth": [{name: {parameter: [accepted values]}}]}
 
-The tools have schemas and no more: an episode should end after one turn (`EnvConfig(max_turns=1)`).
+The tools have schemas and no more: an episode must end after one turn (`EnvConfig(max_turns=1)`).
 """
 
 import json
@@ -22,7 +22,7 @@ from jaxlm.rl import json_rows
 from jaxlm.rl.demonstration import assistant
 from jaxlm.rl.json_rows import read_rows
 from jaxlm.rl.task import Task
-from jaxlm.rl.tools import Tool
+from jaxlm.rl.tools import Tool, schema_only
 
 ANSWERS = "possible_answer"
 # Names of types in Python, Java and JavaScript for those of JSON schema; "" and any say nothing.
@@ -70,7 +70,7 @@ class _Tools:
             own, number = name, 2
             while own in self.known:
                 own, number = f"{name}_{number}", number + 1
-            self.known[own] = Tool(own, description, parameters, _called, trusted=True)
+            self.known[own] = Tool(own, description, parameters, schema_only, trusted=True)
             variants[key] = own
         return variants[key]
 
@@ -143,11 +143,6 @@ def _example(value: Any) -> Any:
     if isinstance(value, Mapping):
         return first_accepted(value)
     return [_example(one) for one in value] if isinstance(value, list) else value
-
-
-def _called(**arguments: Any) -> str:
-    """What a tool of which only the schema is known returns; nobody reads it when an episode has one turn."""
-    return "called"
 
 
 def _task(row: Mapping[str, Any], messages: list[dict[str, str]], category: str, accepted: Mapping[str, Any],

@@ -21,7 +21,7 @@ from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.rl.calls import Bridge, Call, Observation, ObservationFormat, ParseError, end_of_turn, parse_calls
 from jaxlm.rl.task import Task
 from jaxlm.rl.tool_worker import bounded
-from jaxlm.rl.tools import Runner, Tool, ToolLimits
+from jaxlm.rl.tools import Runner, Tool, ToolLimits, schema_only
 
 # Why an episode is over: the last turn called nothing; its tags did not pair; no turn is left; the tools took too long;
 # a turn did not come to its end (the caller says so).
@@ -158,7 +158,10 @@ class Dialogue:
 
     def __init__(self, tools: Sequence[Tool], template: ChatTemplate, tokenizer: Tokenizer,
                  config: EnvConfig | None = None) -> None:
-        """ValueError if the template has no place for tools or for what they say, or the budget none for a result."""
+        """ValueError if the template has no place for tools or for what they say, or the budget none for a result.
+
+        Also if episodes go on after calls of tools of which only the schema is known: nothing answers them.
+        """
         self._config = config or EnvConfig()
         self._template, self._tokenizer = template, tokenizer
         self._tools = {tool.name: tool for tool in tools}
@@ -166,17 +169,33 @@ class Dialogue:
         self._bridge = None
         answered = self.end_of_turn
         if tools:
-            schemas = [tool.schema() for tool in tools]
-            chat_ids(template, tokenizer, [{"role": "user", "content": "question"}], tools=schemas,
-                     add_generation_prompt=True)
-            self._bridge = Bridge(template, tokenizer, self._config.observation, think=self._config.think)
+            self._bridge = self._make_bridge()
             self.end_of_turn = self._bridge.end_of_turn
             self._check_budget()
         # Any of these ends a sampled turn; some templates end an answer differently from a call.
         self.stop_ids = tuple(sorted({tokenizer.eos_id, answered, self.end_of_turn} - {None}))
 
+    def _make_bridge(self) -> Bridge:
+        """ValueError that says which template has a place for tools, if this one has none."""
+        form, own = self._config.observation, not self._config.template
+        try:
+            chat_ids(self._template, self._tokenizer, [{"role": "user", "content": "question"}],
+                     tools=[tool.schema() for tool in self._tools.values()], add_generation_prompt=True)
+            return Bridge(self._template, self._tokenizer, form, think=self._config.think)
+        except ValueError as error:
+            chatml = {"<|im_start|>", "<|im_end|>"} <= set(self._tokenizer.symbols)
+            if form != "template" and not chatml:
+                raise  # the form of observations is what does not fit, whatever the template
+            raise ValueError(f"{error}; {'the chat template that the model brings' if own else self._config.template} "
+                             "does not serve tools: give --env.template "
+                             f"{'hermes' if chatml else 'FILE, a Jinja file that does'}") from None
+
     def _check_budget(self) -> None:
         most = self._config.max_observation_tokens
+        blind = [tool.name for tool in self._tools.values() if tool.call is schema_only]
+        if blind and self._config.max_turns > 1:
+            raise ValueError(f"the tool {blind[0]!r} has a schema and nothing behind it (BFCL has such tools), so an "
+                             "episode must end with its first turn: give --env.max-turns 1")
         # One more than the calls of a turn, for the words on those that were not run.
         name, num_results = max(self._tools, key=len), self._config.max_calls_per_turn + 1
         least = len(self._bridge.ids([Observation(name, CUT, CUT)] * num_results))

@@ -43,9 +43,10 @@ def make_evaluation(
 
     def evaluate(params: Any, iteration: int) -> tuple[dict[str, float], str]:
         values, lines = {}, [f"held out at iteration {iteration}:"]
+        sampler = learner.sampler(params)
         for name, (tasks, prompts) in sets.items():
             attempts = [Attempt(i, i, 0, seed, prompts[i]) for i in range(len(tasks))]
-            episodes = learner.run(params, attempts, config, tasks)
+            episodes = learner.run(sampler, attempts, config, tasks)
             scored = score(episodes, tasks, list(scene.env.tools), scene.reward, config.max_response)
             found = numbers(scored, len(scene.env.tools)) | by_domain(episodes, tasks, scored)
             values |= {f"eval/{name}/{key}": value for key, value in found.items()}

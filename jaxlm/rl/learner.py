@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxlm.core.mesh import MeshConfig, Rules, make_mesh, put_whole
 from jaxlm.generate.engine import Engine
 from jaxlm.generate.requests import Report
+from jaxlm.model.lora import has_adapters
 from jaxlm.objective.advantage import group_stats
 from jaxlm.objective.algorithm import PolicyConfig
 from jaxlm.reward.compose import Reward
@@ -26,6 +27,7 @@ from jaxlm.rl.env import Dialogue, ToolEnv
 from jaxlm.rl.episode import Episode, groups_of
 from jaxlm.rl.pack import Rows, pack_rows, pad_rows
 from jaxlm.rl.pages import write_page
+from jaxlm.rl.policy_params import base_params, merged_params
 from jaxlm.rl.rollout import Attempt, RolloutConfig, gather, rollout, sampler_params, share_of_process
 from jaxlm.rl.score import Scored, numbers, score
 from jaxlm.rl.task import Task
@@ -41,7 +43,7 @@ from jaxlm.rl.update import (
     score_rows,
 )
 from jaxlm.train.state import TrainState
-from jaxlm.train.step import Metrics, Step, make_step
+from jaxlm.train.step import Metrics, Step, Trainable, make_step
 
 log = logging.getLogger(__name__)
 
@@ -95,15 +97,24 @@ class PolicyLearner:
         self, policy: Policy, engine: Engine, scene: Scene, objective: PolicyConfig, *, rollouts: RolloutConfig,
         batch: BatchConfig, tx: optax.GradientTransformation, schedule: optax.Schedule, mesh: Mesh, rules: Rules,
         seed: int, reference: Any = None, teacher: tuple[Policy, Any] | None = None,
+        trainable: Trainable | None = None,
     ) -> None:
-        """`engine`: without parameters; `reference`: those that a KL keeps to; `teacher`: of the same vocabulary."""
+        """What an iteration is made of.
+
+        Args:
+          engine: without parameters.
+          reference: the parameters that a KL keeps to; with adapters None: the model beside which they stand.
+          teacher: a policy of the same vocabulary, and its parameters.
+          trainable: what is learnt, see `make_step`; None: everything.
+        """
+        assert reference is not None or trainable or not objective.kl.coefficient, "a KL needs a reference"
         self.policy, self.engine, self.scene, self.objective = policy, engine, scene, objective
         self.rollouts, self.batch, self.mesh, self.seed = rollouts, batch, mesh, seed
         self.reference, self.teacher = reference, teacher
         self.seq_len = batch.seq_len or rollouts.max_prompt + rollouts.max_response
         self.report = Report()
         self._make_step = partial(make_step, make_policy_loss(policy, objective), tx, schedule, mesh=mesh, rules=rules,
-                                  seed=seed)
+                                  seed=seed, trainable=trainable)
         self._steps: dict[int, Step] = {}
         self._score_rows = jax.jit(score_rows, static_argnums=(0, 3))
         self._learn = jax.jit(partial(learn_batch, objective))
@@ -114,12 +125,13 @@ class PolicyLearner:
 
     def rollout(self, params: Any, iteration: int, drawn: int) -> tuple[list[Episode], int]:
         """See `loop.Learner`. With `dynamic`, groups whose rewards are equal are replaced by other prompts' groups."""
+        sampler = self.sampler(params)
         if not self.batch.dynamic:
-            return self._attempts(params, drawn, self.batch.prompts), drawn + self.batch.prompts
+            return self._attempts(sampler, drawn, self.batch.prompts), drawn + self.batch.prompts
         kept: list[list[Episode]] = []
         for _ in range(self.batch.max_draws):
             missing = self.batch.prompts - len(kept)
-            episodes = self._attempts(params, drawn, missing)
+            episodes = self._attempts(sampler, drawn, missing)
             groups = [[episodes[i] for i in members] for members in groups_of(episodes)]
             drawn += missing
             kept += [group for group in groups if not self._equal(group)]
@@ -131,19 +143,24 @@ class PolicyLearner:
         kept = kept or groups[:1]  # there is something to log at least
         return [replace(one, group=number) for number, group in enumerate(kept) for one in group], drawn
 
-    def _attempts(self, params: Any, drawn: int, prompts: int) -> list[Episode]:
+    def _attempts(self, sampler: Any, drawn: int, prompts: int) -> list[Episode]:
         usable, attempts = list(self.scene.prompts), []
         for group in range(prompts):
             epoch, place = divmod(drawn + group, len(usable))
             task = usable[_order(self.seed, epoch, len(usable))[place]]
             attempts += [Attempt(task, group, sample, _seed(self.seed, drawn + group, sample), self.scene.prompts[task])
                          for sample in range(self.batch.samples)]
-        return self.run(params, attempts, self.rollouts, self.scene.tasks)
+        return self.run(sampler, attempts, self.rollouts, self.scene.tasks)
 
-    def run(self, params: Any, attempts: Sequence[Attempt], config: RolloutConfig, tasks: Sequence[Task]
+    def sampler(self, params: Any) -> Any:
+        """What `run` takes: the parameters of a plain model, adapters merged, where this process decodes."""
+        plain = merged_params(params, self.mesh) if has_adapters(params) else model_part(params)
+        return sampler_params(plain, self.mesh)
+
+    def run(self, sampler: Any, attempts: Sequence[Attempt], config: RolloutConfig, tasks: Sequence[Task]
             ) -> list[Episode]:
-        """Attempts of all processes, made with these parameters."""
-        engine = replace(self.engine, params=sampler_params(model_part(params), self.mesh))
+        """Attempts of all processes, made with the parameters that `sampler` gave."""
+        engine = replace(self.engine, params=sampler)
         alone = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
         with jax.set_mesh(self.mesh if jax.process_count() == 1 else alone):
             found = rollout(engine, self.scene.env, self.scene.dialogue, tasks, share_of_process(attempts), config,
@@ -166,7 +183,10 @@ class PolicyLearner:
                    "rows/filled": float(np.mean([np.mean(rows.segments > 0) for rows in packed]))}
         parts = [put_whole(rows, self.mesh) for rows in packed]
         old = [self._score_rows(self.policy, params, rows, self.batch.micro_rows) for rows in parts]
-        ref = [self._other(self.policy, self.reference, rows) for rows in parts]
+        reference = self.reference
+        if reference is None and self.objective.kl.coefficient:
+            reference = base_params(params)
+        ref = [self._other(self.policy, reference, rows) for rows in parts]
         teacher = [self._other(*(self.teacher or (None, None)), rows) for rows in parts]
         rewards = jnp.asarray(scored.reward.reward)
         for rows, (logp, _), ref_logp in zip(parts, old, ref, strict=True):

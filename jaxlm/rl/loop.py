@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from jaxlm.train.step import Metrics
 log = logging.getLogger(__name__)
 
 PHASES = ("rollout", "score", "step")  # of an iteration, as the ledger books them
+EXTREMES = {"ratio_min": min, "ratio_max": max}  # of several updates; other metrics are averaged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,12 +165,12 @@ def _saved(path: Path, head: Mapping[str, Any]) -> tuple[dict[str, Any], list[Ep
 def _update(
     state: TrainState, learner: Learner, scored: Any, number: int, skipped: int, max_skipped: int,
 ) -> tuple[TrainState, dict[str, float], int]:
-    """All updates of an iteration, and the means of their metrics."""
+    """All updates of an iteration, and the means of their metrics; extremes stay extremes."""
     updates = learner.updates(scored, number)
     if not updates:
         log.warning("iteration %d: no group of attempts has anything to learn from; nothing is updated", number)
         return state, {"updates": 0.0}, skipped
-    total: dict[str, float] = {}
+    found: list[dict[str, float]] = []
     for update in updates:
         state, metrics = update(state)
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -179,8 +181,9 @@ def _update(
         if skipped >= max_skipped:
             raise NonFiniteError(f"loss or gradient not finite in {skipped} updates in a row, the last one of "
                                  f"iteration {number}; lower optim.lr, or look at its attempts")
-        total = {name: total.get(name, 0.0) + value for name, value in values.items()}
-    return state, {name: value / len(updates) for name, value in total.items()} | {"updates": len(updates)}, skipped
+        found.append(values)
+    over = {name: EXTREMES.get(name, statistics.fmean)(values[name] for values in found) for name in found[0]}
+    return state, over | {"updates": len(updates)}, skipped
 
 
 def _line(values: Mapping[str, float], seconds: float, left: int) -> str:

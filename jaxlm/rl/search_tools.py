@@ -1,14 +1,18 @@
 """Search over a corpus in memory as tools: by keywords (BM25) and by embeddings (inner product)."""
 
+import logging
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 
+from jaxlm.rl.json_rows import field, read_rows
 from jaxlm.rl.tools import Tool, tool_of
 
+KEYWORD_SEARCH = "keyword_search"
 MAX_RESULTS, MAX_QUERY = 20, 1000
 _WORD = re.compile(r"\w+")
 
@@ -16,6 +20,28 @@ _WORD = re.compile(r"\w+")
 class Passage(NamedTuple):
     title: str
     text: str
+
+
+def read_passages(path: str | Path) -> list[Passage]:
+    """The passages of a JSONL file, plain or gzipped; other fields of its lines are not read.
+
+        {"id": "seoul", "title": "Seoul", "text": "The capital of Korea lies on the Han river."}
+
+    ValueError names the file, and the line with what is missing, empty, or an id that was seen before.
+    """
+    passages, lines = [], {}
+    for number, row in read_rows(path):
+        where = f"{path}:{number}"
+        name, title, text = (field(row, key, str, where) for key in ("id", "title", "text"))
+        if not text.strip():
+            raise ValueError(f"{where}: field 'text' is empty")
+        if name in lines:
+            raise ValueError(f"{where}: the id {name!r} is that of line {lines[name]}")
+        lines[name] = number
+        passages.append(Passage(title, text))
+    if not passages:
+        raise ValueError(f"{path}: holds no passage")
+    return passages
 
 
 def keyword_search_tool(passages: Sequence[Passage], *, passage_chars: int = 600) -> Tool:
@@ -106,4 +132,5 @@ def _bm25s() -> ModuleType:
         import bm25s
     except ImportError:
         raise ValueError("keyword search needs the bm25s package: pip install jaxlm[rl]") from None
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG, on the terminal of every run
     return bm25s

@@ -1,20 +1,39 @@
 """What settings of an RL run must share, and how large its updates are."""
 
+from typing import NamedTuple
+
 from jax.sharding import Mesh
 
 from jaxlm.model.attention import resolve_backend
 from jaxlm.model.config import ComputeConfig, ModelConfig
+from jaxlm.model.decoder import build
 from jaxlm.objective.algorithm import PolicyConfig
 from jaxlm.reward.compose import RewardConfig
 from jaxlm.rl.learner import BatchConfig
+from jaxlm.rl.policy_params import Additions
 from jaxlm.rl.rollout import RolloutConfig
+from jaxlm.rl.update import Policy
 
 
-def check_settings(
-    model: ModelConfig, compute: ComputeConfig, rollout: RolloutConfig, batch: BatchConfig, objective: PolicyConfig,
-    reward: RewardConfig, mesh: Mesh,
-) -> None:
+class Settings(NamedTuple):
+    """Those that decide what an update computes."""
+
+    model: ModelConfig
+    compute: ComputeConfig
+    rollout: RolloutConfig
+    batch: BatchConfig
+    objective: PolicyConfig
+    reward: RewardConfig
+    additions: Additions
+
+    def make_policy(self, num_tokens: int | None = None) -> Policy:
+        """How its tokens get log-probabilities; `num_tokens` of the tokenizer, None: of the embedding."""
+        return Policy(build(self.model, self.compute), self.rollout.temperature, self.batch.loss_chunks, num_tokens)
+
+
+def check_settings(settings: Settings, mesh: Mesh) -> None:
     """ValueError for settings that do not fit together."""
+    model, compute, rollout, batch, objective, reward, _ = settings
     longest, length = rollout.max_prompt + rollout.max_response, row_length(rollout, batch)
     if rollout.temperature == 0:
         raise ValueError("rollout.temperature 0 makes all attempts at a prompt equal: nothing could be learnt")

@@ -1,9 +1,11 @@
-"""Several sources of tasks as one."""
+"""Several sources of tasks as one, and a corpus to search in."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import NamedTuple
 
+from jaxlm.rl.search_tools import KEYWORD_SEARCH, keyword_search_tool, read_passages
 from jaxlm.rl.task import Task
 from jaxlm.rl.task_sources import open_task_source
 from jaxlm.rl.tools import Tool
@@ -20,14 +22,18 @@ class TaskSet(NamedTuple):
         return list(chain.from_iterable(self.parts))
 
 
-def open_task_set(specs: Sequence[str]) -> TaskSet:
-    """The tasks of all lines; see `open_task_source`.
+def open_task_set(specs: Sequence[str], corpus: str = "") -> TaskSet:
+    """The tasks of all lines; see `open_task_source`. With the file of a corpus every task also offers to search it.
 
-    ValueError for an id that two sources have, and for two tools of one name.
+    ValueError for an id that two sources have, for two tools of one name, and for tasks with a search in no corpus.
     """
     if twice := {spec for spec in specs if specs.count(spec) > 1}:
         raise ValueError(f"tasks {min(twice)} are named twice")
     sources = [open_task_source(spec) for spec in specs]
+    found = [(spec, source.tools) for spec, source in zip(specs, sources, strict=True)]
+    if corpus:
+        sources = [source._replace(tasks=[_searching(task) for task in source.tasks]) for source in sources]
+        found.append((corpus, (keyword_search_tool(read_passages(corpus)),)))
     seen: dict[str, str] = {}
     for spec, source in zip(specs, sources, strict=True):
         for task in source.tasks:
@@ -35,8 +41,15 @@ def open_task_set(specs: Sequence[str]) -> TaskSet:
                 raise ValueError(f"task {task.id!r} is in {seen[task.id]} and in {spec}; ids must be distinct")
     offered = {name for source in sources for task in source.tasks for name in task.tools}
     tools: dict[str, Tool] = {}
-    for spec, source in zip(specs, sources, strict=True):
-        for tool in source.tools:
+    for spec, some in found:
+        for tool in some:
             if tool.name in offered and tools.setdefault(tool.name, tool).schema() != tool.schema():
                 raise ValueError(f"{spec} has a tool {tool.name!r} that is not the one of another source")
+    if KEYWORD_SEARCH in offered - set(tools):
+        raise ValueError(f"a task offers the tool {KEYWORD_SEARCH!r}, but no corpus is named to search in "
+                         "(--tasks.search of recipes.rl_distill)")
     return TaskSet(tuple(source.tasks for source in sources), tuple(tools.values()))
+
+
+def _searching(task: Task) -> Task:
+    return task if KEYWORD_SEARCH in task.tools else replace(task, tools=(*task.tools, KEYWORD_SEARCH))

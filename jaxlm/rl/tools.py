@@ -62,6 +62,11 @@ class Tool:
                                                  "parameters": copy.deepcopy(dict(self.parameters))}}
 
 
+def schema_only(**arguments: Any) -> str:
+    """The `call` of a tool that is a schema and no more; `Dialogue` sees to it that nobody reads its result."""
+    return "called"
+
+
 class Result(NamedTuple):
     text: str  # for the model, bounded; of a failed call it starts with "error: "
     ok: bool

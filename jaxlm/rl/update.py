@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxlm.core.masked import Mean, aggregate
+from jaxlm.core.masked import Largest, Metric, Smallest, aggregate
 from jaxlm.model.decoder import Model
 from jaxlm.objective.advantage import ADVANTAGES, Advantage, gdpo
 from jaxlm.objective.algorithm import PolicyConfig, PolicyTokens, policy_objective, token_advantage
@@ -148,7 +148,7 @@ def sampler_metrics(rows: Rows, batch: LearnBatch) -> dict[str, jax.Array]:
 
 def make_policy_loss(policy: Policy, config: PolicyConfig) -> Loss:
     """The loss of `train.step.make_step` over a `LearnBatch`."""
-    def loss(params: Any, batch: LearnBatch, key: jax.Array) -> tuple[jax.Array, dict[str, Mean]]:
+    def loss(params: Any, batch: LearnBatch, key: jax.Array) -> tuple[jax.Array, dict[str, Metric]]:
         out, hidden = policy_logprobs(policy, params, batch.rows)
         tokens = batch.tokens
         if tokens.old_logp is None:
@@ -158,8 +158,7 @@ def make_policy_loss(policy: Policy, config: PolicyConfig) -> Loss:
         ratios = POLICY_LOSSES[config.loss](
             jax.lax.stop_gradient(out.logp), tokens.old_logp, tokens.advantage, mask, tokens.segments, config.clip)
         low, high = ratio_range(ratios, mask)
-        some = jnp.any(mask != 0).astype(jnp.float32)  # extremes do not add: means over micro-batches with tokens
-        metrics |= {"ratio_min": Mean(low * some, some), "ratio_max": Mean(high * some, some)}
+        metrics |= {"ratio_min": Smallest(low), "ratio_max": Largest(high)}
         if batch.returns is not None:
             value = value_loss(values_of(params, hidden), batch.old_values, batch.returns, mask, config.value.clip)
             # By the weights of the policy's loss, so that one division serves the sum.

@@ -9,14 +9,15 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxlm.core.masked import Mean
+from jaxlm.core.masked import Metric
 from jaxlm.core.mesh import BATCH, Rules, constrain, tree_shardings
 from jaxlm.core.rng import derive
 from jaxlm.core.tree import combine, select
 from jaxlm.train.state import TrainState
 
-# (params, batch, key) -> (sum of the loss over the batch, metrics); metrics["loss"].weight is what divides the sum.
-Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, Mean]]]
+# (params, batch, key) -> (sum of the loss over the batch, metrics); metrics["loss"] is a `Mean`, and its weight is what
+# divides the sum.
+Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, Metric]]]
 Metrics = dict[str, jax.Array]
 Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 Trainable = Callable[[str], bool]  # path of a parameter to whether it is learnt
@@ -50,11 +51,11 @@ def make_step(
             moving = select(state.params, trainable)
             still = select(state.params, lambda path: not trainable(path))
             part_loss = lambda moving, batch, key: loss(combine(moving, still), batch, key)
-        grads, means = _accumulate(part_loss, moving, batch, derive(seed, "train", state.step), accumulate)
-        weight = jnp.maximum(means["loss"].weight, 1)
+        grads, found = _accumulate(part_loss, moving, batch, derive(seed, "train", state.step), accumulate)
+        weight = jnp.maximum(found["loss"].weight, 1)
         grads = jax.tree.map(lambda g: g / weight, grads)
         norm = optax.tree.norm(grads)
-        metrics = {name: mean.value() for name, mean in means.items()}
+        metrics = {name: metric.value() for name, metric in found.items()}
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
 
         def update(state: TrainState) -> TrainState:
@@ -67,7 +68,7 @@ def make_step(
         metrics |= {
             "grad_norm": norm,
             "lr": jnp.asarray(schedule(update_count(state.opt_state)), jnp.float32),
-            "tokens": means["loss"].weight,
+            "tokens": found["loss"].weight,
             "skipped": 1 - finite.astype(jnp.float32),
         }
         state = new._replace(step=state.step + 1)
@@ -101,8 +102,8 @@ def update_count(opt_state: Any) -> jax.Array:
 
 def _accumulate(
     loss: Loss, params: Any, batch: Any, key: jax.Array, num_micro: int
-) -> tuple[Any, dict[str, Mean]]:
-    """Sum of gradients and of metrics over `num_micro` slices of the batch."""
+) -> tuple[Any, dict[str, Metric]]:
+    """Sum of gradients over `num_micro` slices of the batch, and the metrics of all."""
     gradient = jax.grad(loss, has_aux=True)
     if num_micro == 1:
         return gradient(params, batch, key)
@@ -112,16 +113,14 @@ def _accumulate(
         rows = leaf.reshape(leaf.shape[0] // num_micro, num_micro, *leaf.shape[1:])
         return constrain(jnp.swapaxes(rows, 0, 1), P(None, *BATCH[: leaf.ndim]))
 
-    def body(total: Any, inputs: tuple[Any, jax.Array]) -> tuple[Any, None]:
+    def body(total: Any, inputs: tuple[Any, jax.Array]) -> tuple[Any, dict[str, Metric]]:
         part, index = inputs
-        out = gradient(params, part, jax.random.fold_in(key, index))
-        return jax.tree.map(jnp.add, total, out), None
+        grads, metrics = gradient(params, part, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, grads), metrics
 
     micro = jax.tree.map(split, batch)
-    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda leaf: leaf[0], micro), key)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    total, _ = jax.lax.scan(body, zeros, (micro, jnp.arange(num_micro)))
-    return total
+    total, metrics = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, params), (micro, jnp.arange(num_micro)))
+    return total, {name: metric.over_parts() for name, metric in metrics.items()}
 
 
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
