@@ -26,7 +26,7 @@ from jaxlm.model.cache import CacheDtype
 from jaxlm.model.decoder import Model
 
 MIN_PROMPT, MIN_SLOTS = 16, 128
-MIN_SHARED = 32    # tokens that make a common beginning worth a program of its own
+MIN_SHARED = 32    # tokens that make a common beginning worth a program of its own; its length is a multiple of it
 PATIENCE = 8       # one in so many rows may idle before the host answers or refills: each time costs a prefill
 CHUNK, PIECES = 32, 4  # steps between two looks from the host where it must look: for stop strings, for streaming
 
@@ -321,11 +321,15 @@ def _power(count: int, least: int = 1) -> int:
 
 
 def _shared_beginning(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """What different prompts have in common at their beginning, if it is long enough; each has more than that."""
+    """What different prompts have in common at their beginning; each has more than that.
+
+    Cut to a multiple of `MIN_SHARED`: the next prompts of a job, which share a few tokens more or less, then find
+    their programs compiled.
+    """
     if len(set(prompts)) < 2:
         return ()
     first, last = min(prompts), max(prompts)  # in sorted order: what these two share, all share
     count = 0
     while count < min(map(len, prompts)) - 1 and first[count] == last[count]:
         count += 1
-    return first[:count] if count >= MIN_SHARED else ()
+    return first[:count - count % MIN_SHARED]
