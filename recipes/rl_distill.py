@@ -93,7 +93,8 @@ class Config:
 _SMOKE = Config(
     env=EnvConfig(max_turns=4, observation="template"),
     rollout=RolloutConfig(max_prompt=240, max_response=200, engine=EngineConfig(batch_size=32)),
-    batch=BatchConfig(prompts=8, samples=8, micro_rows=8),
+    # Rows of twice the longest attempt: of typical ones several fit into each, and few of their places stay empty.
+    batch=BatchConfig(prompts=8, samples=8, micro_rows=8, seq_len=880),
     optim=OptimConfig(lr=1e-4, schedule=ScheduleConfig(warmup=0.0)),
     loop=RLLoopConfig(iterations=20, eval_every=10),
     checkpoint=CheckpointConfig(every=10),

@@ -108,7 +108,7 @@ def test_a_planned_update_of_adapters_keeps_no_moments_of_the_base():
         config = dataclasses.replace(config, lora=LoraConfig(rank=rank))
         step, (state, batch) = update_program(
             rl_distill.settings_of(config), rl_distill.make_tx(config), 1e-4, mesh, accumulate=8)
-        assert batch.rows.tokens.shape == (64, 440)
+        assert batch.rows.tokens.shape == (64, 880)
         assert jax.tree.structure(jax.eval_shape(step, state, batch)[0]) == jax.tree.structure(state)
         sizes.append((count_parameters(state.params), count_parameters(state.opt_state)))
     adapters = sizes[1][0] - sizes[0][0]
