@@ -18,7 +18,7 @@ _BOM = b"\xef\xbb\xbf"
 def read_jsonl(path: Path, reader: RowReader) -> Iterator[Document]:
     """Documents of a file with one JSON object a line; blank lines count as empty rows."""
     name = str(path)
-    for number, line in _lines(path):
+    for number, line in numbered_lines(path):
         if not line or line.isspace():
             reader.empty += 1
             continue
@@ -35,7 +35,7 @@ def read_jsonl(path: Path, reader: RowReader) -> Iterator[Document]:
 def read_tsv(path: Path, reader: RowReader) -> Iterator[Document]:
     """Documents of a file whose first line names the columns. Nothing is quoted: a `"` is a character."""
     name = str(path)
-    lines = _lines(path)
+    lines = numbered_lines(path)
     try:
         header = [column.strip() for column in next(lines, (1, b""))[1].decode("utf-8").split("\t")]
     except UnicodeDecodeError:
@@ -60,7 +60,7 @@ def read_tsv(path: Path, reader: RowReader) -> Iterator[Document]:
             yield document
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Numbered lines without their ending. Only \\n and \\r\\n end a line: U+2028 and form feed are text."""
     codec = COMPRESSED.get(path.suffix)
     number = 0

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -54,6 +54,10 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, without special tokens."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of every text, on all cores where the library can."""
         ...
 
     def encode_spans(self, text: str, *, inside: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
@@ -121,6 +125,10 @@ class SentencePieceTokenizer:
         sign = [self._bytes[byte] for byte in _SPACE_SIGN.encode("utf-8")]
         first, *rest = text.split(_SPACE_SIGN)
         return self._processor.encode(first) + [i for part in rest for i in sign + self._processor.encode(part)]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of every text."""
+        return [self.encode(text) for text in texts]
 
     def encode_spans(self, text: str, *, inside: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
         """`encode` with spans. A model's dummy prefix is added inside, too: `decode` drops it after every symbol."""
@@ -206,6 +214,28 @@ class JsonTokenizer:
         """Ids of the text, without the file's post-processing ([CLS], BOS and the like)."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of every text, on all cores."""
+        return [one.ids for one in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    @functools.cached_property
+    def frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The ids that the file's post-processor puts before and after a text, ([CLS],) and ([SEP],) for example.
+
+        Cut a text first and put them around it then, and no truncation loses one. ValueError for a post-processor that
+        puts tokens elsewhere than around the text.
+        """
+        whole = tokenizers.Tokenizer.from_str(self._content.decode("utf-8"))
+        whole.no_truncation()
+        whole.no_padding()
+        text = next(name for name in ("a", *whole.get_vocab()) if self.encode(name))
+        ids, framed = self.encode(text), whole.encode(text).ids
+        for start in range(len(framed) - len(ids) + 1):
+            if framed[start:start + len(ids)] == ids:
+                return tuple(framed[:start]), tuple(framed[start + len(ids):])
+        raise ValueError(f"the post-processor of tokenizer.json turns the ids {ids} into {framed}; only tokens before "
+                         "and after a text are supported")
+
     def encode_spans(self, text: str, *, inside: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
         """`encode` with spans; inside, the space that some files put before a text is left out."""
         encoding = (self._inside if inside else self._tokenizer).encode(text, add_special_tokens=False)
@@ -285,6 +315,10 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         """One id for each byte."""
         return list(text.encode("utf-8"))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of every text."""
+        return [self.encode(text) for text in texts]
 
     def encode_spans(self, text: str, *, inside: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
         """One id for each byte, with the place of its character."""

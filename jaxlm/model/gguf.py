@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.model.config import ModelConfig, RopeScaling
-from jaxlm.model.hf import TRANSFORMS, Put, Shape, fill, find_problems, raise_problems, slots
+from jaxlm.model.hf import TRANSFORMS, Put, Shape, fill, find_problems, leaf_shapes, raise_problems, slots
 from jaxlm.model.layers import rope_frequencies
 
 # Our path -> (name in the file, transform); shapes as in Hugging Face files.
@@ -75,7 +75,8 @@ def load_gguf(
 
     factors = read(ROPE_FACTORS) if ROPE_FACTORS in tensors else None
     config = _config(path, _llama_metadata(reader), shapes, factors)
-    plan = slots(config, TENSORS, {**TRANSFORMS, "linear_pairs": TRANSFORMS["linear"]._replace(load=_load_pairs)})
+    transforms = {**TRANSFORMS, "linear_pairs": TRANSFORMS["linear"]._replace(load=_load_pairs)}
+    plan = slots(leaf_shapes(config), TENSORS, transforms)
     raise_problems(find_problems(plan, shapes, [ROPE_FACTORS]) + unread, path)
     return config, fill(plan, read, dtype, put)
 

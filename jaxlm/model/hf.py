@@ -68,6 +68,7 @@ TENSORS = {
     "final_norm/scale": ("model.norm.weight", "same"),
     "head/kernel": ("lm_head.weight", "linear"),
 }
+BODY = "model."  # before every name of a model that has a head
 EMBEDDING, HEAD = TENSORS["embed/embedding"][0], TENSORS["head/kernel"][0]
 
 # Buffers that old files carry although they follow from the configuration.
@@ -89,16 +90,17 @@ class Slot(NamedTuple):
 
 
 @lru_cache(maxsize=16)
-def _leaf_shapes(config: ModelConfig) -> dict[str, Shape]:
+def leaf_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """The shapes of a decoder's parameters by path."""
     tree = jax.eval_shape(build(config).init, jax.random.key(0))
     return {path: leaf.shape for path, leaf in named_leaves(tree).items()}
 
 
-def slots(config: ModelConfig, tensors: Mapping[str, tuple[str, str]], transforms: Mapping[str, Transform],
+def slots(shapes: Mapping[str, Shape], tensors: Mapping[str, tuple[str, str]], transforms: Mapping[str, Transform],
           **names: str) -> list[Slot]:
-    """Every leaf of a model with the names a table of tensors gives it."""
+    """Every leaf of a model, given by path and shape, with the names a table of tensors gives it."""
     result = []
-    for path, shape in _leaf_shapes(config).items():
+    for path, shape in shapes.items():
         pattern, transform = tensors[path]
         count = shape[0] if path.startswith("layers/") else 1
         stored = tuple(pattern.format(layer=layer, **names) for layer in range(count))
@@ -149,7 +151,7 @@ def fill(plan: Sequence[Slot], read: Callable[[str], np.ndarray], dtype: Any, pu
 
 def load_hf(
     folder: Path | str, *, dtype: Any = jnp.float32, put: Put | None = None, pad_vocab_to: int | None = None,
-    ignore: Collection[str] = (),
+    ignore: Collection[str] = (), backbone: bool = False,
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """A Hugging Face model folder (`config.json` and safetensors) as configuration and parameters.
 
@@ -160,6 +162,8 @@ def load_hf(
       pad_vocab_to: grows embedding and head to this many tokens with rows of 0, so that a mesh divides them. The new
         tokens get logit 0 (they are no part of the loaded function); `save_hf(vocab_size=...)` takes them off.
       ignore: fields of `config.json` to disregard, see `from_hf_config`.
+      backbone: for a model whose logits nobody wants. A head is neither expected nor loaded, the configuration comes
+        back tied, and names may lack the `model.` of a model with a head.
 
     A tied model may store its head if that equals the embedding; else, as for every tensor that is missing, unknown
     or of another shape (an embedding larger than `vocab_size` included), there is one ValueError that lists them.
@@ -168,10 +172,14 @@ def load_hf(
     architecture, config = read_config(folder, ignore)
     if pad_vocab_to is not None and pad_vocab_to < config.vocab_size:
         raise ValueError(f"pad_vocab_to {pad_vocab_to} is less than the {config.vocab_size} tokens of {folder}")
+    config = replace(config, tie_embeddings=True) if backbone else config
     plan = _hf_slots(config, architecture)
     with open_checkpoint(folder) as (found, read):
         found = {name: tensor for name, tensor in found.items()
-                 if not any(re.search(pattern, name) for pattern in IGNORED)}
+                 if not any(re.search(pattern, name) for pattern in IGNORED) and not (backbone and name == HEAD)}
+        if backbone and not any(name.startswith(BODY) for name in found):
+            found, read_own = {BODY + name: tensor for name, tensor in found.items()}, read
+            read = lambda name: read_own(name.removeprefix(BODY))
         shapes = {name: tensor.shape for name, tensor in found.items()}
         problems = find_problems(plan, shapes, [HEAD] if config.tie_embeddings else [])
         problems += [f"number format {tensor.dtype} is not read (only {', '.join(DTYPES)}): {name}"
@@ -209,24 +217,40 @@ def save_hf(
     The folder appears whole or not at all, and an earlier export stays as it was until then. Raises ValueError for
     what the architecture cannot express and for a tree that does not fit `config`, OSError when the disk is full.
     """
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
+    check_written(dtype, files)
     if vocab_size is not None and not 0 < vocab_size <= config.vocab_size:
         raise ValueError(f"vocab_size must be 1 to {config.vocab_size}, got {vocab_size}")
+    leaves = fitting_leaves(params, leaf_shapes(config))
+    config = replace(config, vocab_size=vocab_size or config.vocab_size)
+    values = to_hf_config(config, architecture, dtype=dtype, token_ids=token_ids)
+    plan = _hf_slots(config, architecture)
+    write_model(Path(folder), plan, leaves, values, files, dtype, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
+
+
+def check_written(dtype: str, files: Sequence[Path | str]) -> None:
+    """ValueError for a number format that is not written, or a file that may not lie beside weights."""
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
     for file in map(Path, files):
         if file.name not in COMPANIONS or not file.is_file():
             raise ValueError(f"{file} is not one of the files that may lie beside weights: {', '.join(COMPANIONS)}")
+
+
+def fitting_leaves(params: Any, expected: Mapping[str, Shape]) -> dict[str, Any]:
+    """The leaves by path. ValueError lists those that are missing, unknown or of another shape."""
     leaves = named_leaves(params)
-    expected = _leaf_shapes(config)
     raise_problems([f"missing: {path} {shape}" for path, shape in expected.items() if path not in leaves]
                    + [f"unknown: {path}" for path in leaves if path not in expected]
                    + [f"wrong shape: {path} is {leaf.shape}, the configuration says {expected[path]}"
                       for path, leaf in leaves.items() if expected.get(path, leaf.shape) != leaf.shape], "parameters")
-    config = replace(config, vocab_size=vocab_size or config.vocab_size)
-    values = to_hf_config(config, architecture, dtype=dtype, token_ids=token_ids)
-    plan = _hf_slots(config, architecture)
+    return leaves
+
+
+def write_model(folder: Path, plan: Sequence[Slot], leaves: Mapping[str, Any], values: Mapping[str, Any],
+                files: Sequence[Path | str], dtype: str, *, max_shard_bytes: int, overwrite: bool) -> None:
+    """The folder of `save_hf`: weights, `values` as `config.json`, copies of `files`; whole or not at all."""
     specs = {name: (slot.transform.stored_shape(slot.part), jnp.dtype(dtype)) for slot in plan for name in slot.names}
-    with new_folder(Path(folder), overwrite=overwrite) as scratch:
+    with new_folder(folder, overwrite=overwrite) as scratch:
         write_checkpoint(scratch, specs, _stored(plan, leaves, jnp.dtype(dtype)), max_shard_bytes=max_shard_bytes)
         write_json(values, scratch / "config.json")
         for file in files:
@@ -235,7 +259,8 @@ def save_hf(
 
 def _hf_slots(config: ModelConfig, architecture: str) -> list[Slot]:
     family = ARCHITECTURES[architecture]
-    return slots(config, TENSORS, TRANSFORMS, attention_norm=family.attention_norm, mlp_norm=family.mlp_norm)
+    return slots(leaf_shapes(config), TENSORS, TRANSFORMS, attention_norm=family.attention_norm,
+                 mlp_norm=family.mlp_norm)
 
 
 def _stored(plan: Sequence[Slot], leaves: Mapping[str, Any], dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:

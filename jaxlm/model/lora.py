@@ -69,8 +69,14 @@ def init(key: jax.Array, params: dict[str, Any], config: LoraConfig) -> dict[str
         return params
     layers = {part: dict(modules) if part in ("attention", "mlp") else modules
               for part, modules in params["layers"].items()}
+    present = [name for name in KERNELS if name.split("/")[1] in layers[name.split("/")[0]]]  # encoders have no gate
+    for pattern in config.targets:
+        if not any(re.search(pattern, name) for name in present):
+            raise ValueError(f"lora.targets {pattern!r} matches no kernel of this model; it has {', '.join(present)}")
     for number, name in enumerate(config.names()):
         part, module = name.split("/")
+        if name not in present:
+            continue
         old, split = layers[part][module], 1 + NUM_INPUTS[name]
         kernel = old["kernel"]
         assert "lora_a" not in old, f"{name} has an adapter already"

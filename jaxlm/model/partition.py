@@ -1,4 +1,4 @@
-"""The sharding table of a decoder: which mesh axis splits which dimension of each parameter.
+"""The sharding table of decoders and encoders: which mesh axis splits which dimension of each parameter.
 
 `tensor` splits heads, feed-forward columns and the vocabulary; `fsdp` splits the model dimension. The layer axis
 of the stacked parameters is never split: the scan slices it. The int8 numbers of a quantized weight (`quantize`) are
@@ -31,6 +31,17 @@ PARAM_RULES: Rules = (
     (r"mlp/(gate|up)/kernel(/numbers)?$", P(None, "fsdp", "tensor")),                       # [L, D, F]
     (r"mlp/down/kernel(/numbers)?$", P(None, "tensor", "fsdp")),                            # [L, F, D]
     (r"(attention_norm|mlp_norm|final_norm|kernel|embedding)/scale$", P()),                 # [L, D] or [D]
+)
+# Of encoders, whose attention and MLP are split as above.
+ENCODER_RULES: Rules = (
+    (r"(positions|types)/embedding$", P(None, "fsdp")),                                     # [positions, D]
+    (r"mlp/up/bias$", P(None, "tensor")),                                                   # [L, F]
+    (r"mlm/transform/kernel$", P("fsdp", None)),                                            # [D, D]
+    (r"mlm/bias$", P("tensor")),                                                            # [V]
+    (r"embed_norm/(scale|bias)$", P()),                                                     # [D]
+    (r"(attention_norm|mlp_norm|attention/out|mlp/down)/bias$", P()),                       # [L, D]
+    (r"mlm/(norm/(scale|bias)|transform/bias)$", P()),                                      # [D]
+    *PARAM_RULES,
 )
 # Beside kernels (`lora`); the rank is never split.
 LORA_RULES: Rules = (

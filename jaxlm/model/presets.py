@@ -1,8 +1,12 @@
-"""Published decoders and this project's own small ones, by name. `tests/test_presets.py` counts their parameters."""
+"""Published decoders and encoders, and this project's own small ones, by name.
+
+`tests/test_presets.py` and `tests/test_encoder.py` count their parameters.
+"""
 
 from dataclasses import replace
 
 from jaxlm.model.config import ModelConfig, RopeScaling
+from jaxlm.model.encoder_config import EncoderConfig
 
 # KORMo (arXiv:2510.09426): a Llama block with 4 query heads a key-value head, nothing tied.
 _KORMO_10B = ModelConfig(
@@ -73,4 +77,23 @@ MODELS = {
     "smollm2_360m": _SMOLLM2_360M,
     "tiny": _TINY,
     "base": _BASE,
+}
+
+# BERT-base is Contriever, E5-base and BGE-base as well; XLM-R-base is the multilingual E5-base.
+_BERT_BASE = EncoderConfig(
+    vocab_size=30_522, d_model=768, num_layers=12, num_heads=12, d_ff=3072, max_positions=512)
+_XLM_R_BASE = replace(
+    _BERT_BASE, vocab_size=250_002, num_types=1, first_position=2, norm_eps=1e-5)
+_MINILM_L6 = replace(_BERT_BASE, d_model=384, num_layers=6, d_ff=1536)
+_TINY_ENCODER = EncoderConfig(
+    vocab_size=2048, d_model=128, num_layers=2, num_heads=4, d_ff=384, max_positions=256)
+
+ENCODERS = {
+    "bert_base": _BERT_BASE,
+    "bert_large": replace(_BERT_BASE, d_model=1024, num_layers=24, num_heads=16, d_ff=4096),
+    "xlm_r_base": _XLM_R_BASE,
+    "xlm_r_large": replace(_XLM_R_BASE, d_model=1024, num_layers=24, num_heads=16, d_ff=4096),
+    "minilm_l6": _MINILM_L6,
+    "minilm_l12": replace(_MINILM_L6, num_layers=12),
+    "tiny": _TINY_ENCODER,
 }

@@ -18,11 +18,14 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16")  # stored number formats that are read
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
-# Files of a tokenizer, which may lie beside the weights.
+# Files of a tokenizer, and of the modules that sentence-transformers puts behind a model: they may lie beside weights.
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-              "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")
+              "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "sentencepiece.bpe.model",
+              "chat_template.jinja", "generation_config.json", "modules.json", "sentence_bert_config.json",
+              "config_sentence_transformers.json", "1_Pooling/config.json", "2_Normalize/config.json")
 # What an export may contain; a folder that holds anything else is never replaced.
-EXPORTED = (SINGLE, INDEX, "model-*-of-*.safetensors", "config.json", "merge.json", "README.md", *COMPANIONS)
+EXPORTED = (SINGLE, INDEX, "model-*-of-*.safetensors", "config.json", "merge.json", "README.md", *COMPANIONS,
+            "1_Pooling", "2_Normalize")
 
 
 class Stored(NamedTuple):

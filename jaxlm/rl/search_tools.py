@@ -1,20 +1,17 @@
 """Search over a corpus in memory as tools: by keywords (BM25) and by embeddings (inner product)."""
 
-import logging
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 
+from jaxlm.retrieval.bm25 import bm25_index, bm25_scores
 from jaxlm.rl.json_rows import field, read_rows
 from jaxlm.rl.tools import Tool, tool_of
 
 KEYWORD_SEARCH = "keyword_search"
 MAX_RESULTS, MAX_QUERY = 20, 1000
-_WORD = re.compile(r"\w+")
 
 
 class Passage(NamedTuple):
@@ -51,9 +48,7 @@ def keyword_search_tool(passages: Sequence[Passage], *, passage_chars: int = 600
     nothing is stemmed. Needs the extra `rl`.
     """
     _check(passages, passage_chars)
-    # bm25s may not choose the k best: it would do so with JAX, on the accelerator, in an order of its own among equals.
-    index = _bm25s().BM25()
-    index.index([_words(f"{one.title} {one.text}") for one in passages], show_progress=False)
+    index = bm25_index([f"{one.title} {one.text}" for one in passages])
 
     def keyword_search(query: str, top_n: int = 5) -> str:
         """Finds passages that contain the words of a query.
@@ -63,9 +58,7 @@ def keyword_search_tool(passages: Sequence[Passage], *, passage_chars: int = 600
             top_n: how many passages to return
         """
         _check_query(query, top_n)
-        words = [word for word in _words(query) if word in index.vocab_dict]
-        scores = index.get_scores(words) if words else np.zeros(len(passages))
-        return _listed(passages, scores, top_n, passage_chars, least=0.0)
+        return _listed(passages, bm25_scores(index, query), top_n, passage_chars, least=0.0)
 
     return tool_of(keyword_search, trusted=True)
 
@@ -120,17 +113,3 @@ def _listed(passages: Sequence[Passage], scores: np.ndarray, top_n: int, passage
     best = [passages[i] for i in found[np.argsort(-scores[found], kind="stable")[:top_n]]]
     return "\n\n".join(f"[{n}] {one.title}\n{one.text[:passage_chars]}{'...' * (len(one.text) > passage_chars)}"
                        for n, one in enumerate(best, 1)) or "no passage was found"
-
-
-def _words(text: str) -> list[str]:
-    return _WORD.findall(text.lower())
-
-
-def _bm25s() -> ModuleType:
-    try:
-        # Not at the top: the import computes something with JAX, and after that no distributed run can begin.
-        import bm25s
-    except ImportError:
-        raise ValueError("keyword search needs the bm25s package: pip install jaxlm[rl]") from None
-    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG, on the terminal of every run
-    return bm25s

@@ -1,0 +1,157 @@
+"""Rows to train a retriever on: a query, its positives, its negatives; read from JSON lines.
+
+    {"query": "who wrote Emma", "positive": "Emma is a novel by ...", "negative": "Emma Stone is ..."}
+    {"question": "...", "positive_ctxs": [{"title": "", "text": "..."}], "negative_ctxs": [...]}      as DPR and TSM
+    {"query": "...", "pos": ["..."], "neg": ["...", "..."], "pos_scores": [9.1], "neg_scores": [2.0, 7.5]}
+
+A line without negatives is a pair. BEIR folders: `jaxlm.data.beir`.
+"""
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxlm.data.rows import BadRow, decode_json, missing_field
+from jaxlm.data.text_files import numbered_lines
+
+QUERY = ("query", "question", "anchor")
+POSITIVE = ("positive", "positives", "pos", "positive_ctxs")
+NEGATIVE = ("negative", "negatives", "neg", "negative_ctxs", "hard_negative_ctxs")
+POSITIVE_SCORES, NEGATIVE_SCORES = ("positive_scores", "pos_scores"), ("negative_scores", "neg_scores")
+PASSAGE_ID = ("id", "_id", "passage_id", "docid")
+log = logging.getLogger(__name__)
+
+
+class Passage(NamedTuple):
+    id: str    # texts that are one passage share it; without an id in the data, the text itself
+    text: str  # title and text, as they are encoded
+
+
+class RetrievalRow(NamedTuple):
+    query: str
+    positives: tuple[Passage, ...]                    # at least one
+    negatives: tuple[Passage, ...] = ()
+    positive_scores: tuple[float, ...] | None = None  # of a teacher, one a passage; both or neither
+    negative_scores: tuple[float, ...] | None = None
+
+
+class RetrievalRows(NamedTuple):
+    """A data set with what was left out of it, by reason."""
+
+    rows: list[RetrievalRow]
+    dropped: dict[str, int]
+
+
+def titled(title: str, text: str) -> str:
+    """A passage as it is encoded: title, space, text; the text alone where there is no title (BEIR, Contriever)."""
+    return f"{title} {text}" if title.strip() else text
+
+
+def read_retrieval_rows(path: str | Path) -> RetrievalRows:
+    """The rows of a JSONL file, plain, gzip or zstd.
+
+    Passages without any text are left out, and rows whose query is empty or that have no positive left; all counted,
+    logged and returned. ValueError names file and line: not JSON, a field that is missing, there under two names or of
+    a wrong kind, scores that are not one a passage; and a file with no row left.
+    """
+    path, dropped = Path(path), Counter()
+    rows = [row for number, line in json_lines(path)
+            if (row := _row(line, f"{path}:{number}", dropped)) is not None]
+    if not rows:
+        raise ValueError(f"{path}: no row left ({_counted(dropped)})")
+    if dropped:
+        log.warning("%s: left out %s", path, _counted(dropped))
+    return RetrievalRows(rows, dict(dropped))
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbered objects of a JSONL file; blank lines are skipped. ValueError names file and line."""
+    for number, line in numbered_lines(path):
+        if not line or line.isspace():
+            continue
+        try:
+            row = decode_json(line)
+        except BadRow as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}:{number}: not a JSON object but {type(row).__name__}")
+        yield number, row
+
+
+def text_of(row: Mapping[str, Any], name: str, where: str) -> str:
+    """A field that must be text."""
+    if name not in row:
+        raise ValueError(f"{where}: {missing_field(name, row)}")
+    if not isinstance(row[name], str):
+        raise ValueError(f"{where}: field {name!r} must be text, got {row[name]!r:.80}")
+    return row[name]
+
+
+def _row(line: Mapping[str, Any], where: str, dropped: Counter[str]) -> RetrievalRow | None:
+    query = text_of(line, _named(line, QUERY, where, required=True), where)
+    kept = {}
+    for side, names, score_names in (("positive", POSITIVE, POSITIVE_SCORES), ("negative", NEGATIVE, NEGATIVE_SCORES)):
+        name = _named(line, names, where, required=side == "positive")
+        passages = _passages(line[name], f"{where}: field {name!r}") if name else []
+        scores = _scores(line, score_names, len(passages), where)
+        chosen = [i for i, passage in enumerate(passages) if passage.text.strip()]
+        if len(chosen) < len(passages):
+            dropped[f"empty {side}s"] += len(passages) - len(chosen)
+        kept[side] = (tuple(passages[i] for i in chosen), scores and tuple(scores[i] for i in chosen))
+    (positives, positive_scores), (negatives, negative_scores) = kept["positive"], kept["negative"]
+    if (positive_scores is None) != (negative_scores is None) and negatives:
+        raise ValueError(f"{where}: teacher scores need to be given for positives and negatives, or for none")
+    if not query.strip():
+        dropped["rows with an empty query"] += 1
+        return None
+    if not positives:
+        dropped["rows without a positive"] += 1
+        return None
+    return RetrievalRow(query, positives, negatives, positive_scores, negative_scores)
+
+
+def _named(line: Mapping[str, Any], names: Sequence[str], where: str, required: bool = False) -> str | None:
+    """Under which of its names a field is there."""
+    found = [name for name in names if name in line]
+    if len(found) > 1:
+        raise ValueError(f"{where}: fields {found[0]!r} and {found[1]!r} mean the same; give one of them")
+    if not found and required:
+        raise ValueError(f"{where}: {missing_field(names[0], line)} (also read: {', '.join(names[1:])})")
+    return found[0] if found else None
+
+
+def _passages(value: Any, where: str) -> list[Passage]:
+    """Texts, or objects with a text and perhaps title and id; one or a list."""
+    result = []
+    for number, one in enumerate(value if isinstance(value, list) else [value], 1):
+        here = f"{where}, passage {number}"
+        if isinstance(one, str):
+            result.append(Passage(one, one))
+        elif isinstance(one, dict):
+            text = text_of(one, "text", here)
+            text = titled(text_of(one, "title", here) if one.get("title") is not None else "", text)
+            name = _named(one, PASSAGE_ID, here)
+            result.append(Passage(str(one[name]) if name else text, text))
+        else:
+            raise ValueError(f"{here}: must be text or an object with 'text', got {one!r:.80}")
+    return result
+
+
+def _scores(line: Mapping[str, Any], names: Sequence[str], count: int, where: str) -> tuple[float, ...] | None:
+    name = _named(line, names, where)
+    if name is None or line[name] is None:
+        return None
+    scores = line[name] if isinstance(line[name], list) else [line[name]]
+    if len(scores) != count:
+        raise ValueError(f"{where}: field {name!r} has {len(scores)} scores for {count} passages")
+    # A bool is an int in Python, and json.loads reads NaN.
+    if not all(type(x) in (int, float) and math.isfinite(x) for x in scores):
+        raise ValueError(f"{where}: field {name!r} must hold finite numbers, got {scores!r:.80}")
+    return tuple(map(float, scores))
+
+
+def _counted(dropped: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "the file holds none"

@@ -1,0 +1,218 @@
+"""Folders of sentence-transformers: a model with the modules that make a vector of its hidden states.
+
+    config.json, model.safetensors, tokenizer.json     the model, as transformers reads it
+    modules.json                                       the chain: Transformer, Pooling and perhaps Normalize
+    1_Pooling/config.json                              which pooling
+    sentence_bert_config.json                          max_seq_length
+    config_sentence_transformers.json                  prompts, similarity
+"""
+
+import json
+import logging
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from jaxlm.data.tokenizer import JSON_FILE, JSON_NAMES_FILE, JsonTokenizer, load_tokenizer, save_tokenizer
+from jaxlm.model.config import ComputeConfig
+from jaxlm.model.decoder import build
+from jaxlm.model.encoder import Encoder, build_encoder
+from jaxlm.model.hf import Put, load_hf, save_hf
+from jaxlm.model.hf_config import ARCHITECTURES
+from jaxlm.model.hf_encoder import load_encoder, save_encoder
+from jaxlm.model.hf_encoder_config import ENCODERS
+from jaxlm.model.safetensors_io import new_folder, write_json
+from jaxlm.retrieval.embed import POOLINGS, Pooling, TextEncoder
+
+MODULES, POOLING, NORMALIZE = "modules.json", "1_Pooling", "2_Normalize"
+LENGTHS, SETTINGS = "sentence_bert_config.json", "config_sentence_transformers.json"
+# Ours -> the name since version 5, and the flag of older files.
+POOLING_NAMES = {"mean": ("mean", "pooling_mode_mean_tokens"), "cls": ("cls", "pooling_mode_cls_token"),
+                 "last": ("lasttoken", "pooling_mode_lasttoken"),
+                 "weighted": ("weightedmean", "pooling_mode_weightedmean_tokens")}
+FLAG = "pooling_mode_"
+# The names of the classes before version 6, which every version resolves.
+CLASSES = {"Transformer": "", "Pooling": POOLING, "Normalize": NORMALIZE}
+# Settings of the first module that leave text, model and output as they are.
+PLAIN_MODULE = {
+    "max_seq_length": None, "do_lower_case": False, "transformer_task": "feature-extraction",
+    "module_output_name": "token_embeddings", "unpad_inputs": None, "processing_kwargs": {}, "query_length": None,
+    "document_length": None, "query_expansion": None, "model_args": {}, "model_kwargs": {},
+    "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+}
+log = logging.getLogger(__name__)
+
+
+def load_text_encoder(
+    folder: Path | str, *, pooling: Pooling | None = None, compute: ComputeConfig | None = None,
+    dtype: Any = jnp.float32, put: Put | None = None, mlm_head: bool = False,
+) -> tuple[TextEncoder, Any]:
+    """An encoder or decoder with its tokenizer and modules, and its parameters (numpy arrays without `put`).
+
+    Args:
+      pooling: for a model folder without `modules.json`, which does not say it; such vectors have no unit length.
+      dtype, put: of the parameters, as in `load_hf`. mlm_head: see `load_encoder`.
+
+    Raises ValueError that names every module and setting which would change the vectors and is not computed here
+    (Dense, pooling by maximum, prompts outside the pooling, ...), and for a tokenizer that is no `tokenizer.json`.
+    """
+    folder = Path(folder)
+    settings = _read(folder / SETTINGS, {}) if (folder / MODULES).exists() else {"similarity_fn_name": "dot"}
+    chosen, normalize = _modules(folder, pooling)
+    kind = _read(folder / "config.json").get("model_type")
+    if kind in ENCODERS:
+        config, params = load_encoder(folder, dtype=dtype, put=put, mlm_head=mlm_head)
+        model = build_encoder(config, compute)
+    elif kind in ARCHITECTURES:
+        if mlm_head:
+            raise ValueError(f"{folder}: a {kind} model has no head of masked language modelling")
+        config, params = load_hf(folder, dtype=dtype, put=put, backbone=True)
+        model = build(config, compute)
+    else:
+        raise ValueError(f"{folder}: model_type {kind!r} is not supported, only "
+                         f"{', '.join([*ENCODERS, *ARCHITECTURES])}")
+    tokenizer = load_tokenizer(folder)
+    if not isinstance(tokenizer, JsonTokenizer):
+        raise ValueError(f"{folder}: a text encoder is read with its {JSON_FILE}, which is not there")
+    before, after = tokenizer.frame
+    encoder = TextEncoder(
+        model=model, tokenizer=tokenizer, pooling=chosen, normalize=normalize, before=before, after=after,
+        max_length=_max_length(folder, config.max_positions), **_settings(settings, folder / SETTINGS))
+    return encoder, params
+
+
+def save_text_encoder(
+    folder: Path | str, encoder: TextEncoder, params: Any, *, architecture: str,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32", overwrite: bool = False,
+) -> None:
+    """Writes a folder with which `SentenceTransformer(folder)` gives the same vectors; whole or not at all.
+
+    Args:
+      architecture: a key of `jaxlm.model.hf_encoder_config.ENCODERS`, or of `hf_config.ARCHITECTURES` for a decoder.
+
+    With `dimension` sentence-transformers cuts after the normalisation, so that its vectors are shorter than 1; their
+    cosines are the same. Raises ValueError for a tokenizer that is no `tokenizer.json`, a frame that is not that of its
+    post-processor, and as `save_hf` does.
+    """
+    tokenizer = encoder.tokenizer
+    if not isinstance(tokenizer, JsonTokenizer):
+        raise ValueError("only a tokenizer.json can say what stands around a text; this tokenizer is another kind")
+    if (encoder.before, encoder.after) != tokenizer.frame:
+        raise ValueError(f"the encoder puts {encoder.before} and {encoder.after} around a text, its tokenizer.json "
+                         f"{tokenizer.frame[0]} and {tokenizer.frame[1]}: change the file's post_processor")
+    save = save_encoder if isinstance(encoder.model, Encoder) else save_hf
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+    with new_folder(Path(folder), overwrite=overwrite) as scratch, tempfile.TemporaryDirectory() as beside:
+        save_tokenizer(tokenizer, Path(beside))
+        names = _read(Path(beside) / JSON_NAMES_FILE)
+        # The plain class takes the file as it is; a model's own would build another tokenizer from the same words.
+        write_json({**names, "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": encoder.max_length,
+                    "model_input_names": ["input_ids", "attention_mask"]}, Path(beside) / JSON_NAMES_FILE)
+        save(scratch, encoder.model.config, params, architecture=architecture, dtype=dtype, token_ids=ids,
+             files=[Path(beside) / JSON_FILE, Path(beside) / JSON_NAMES_FILE])
+        for name, values in _written(encoder).items():
+            (scratch / name).parent.mkdir(exist_ok=True)
+            write_json(values, scratch / name)
+
+
+def _written(encoder: TextEncoder) -> dict[str, Any]:
+    chain = [name for name in CLASSES if name != "Normalize" or encoder.normalize]
+    flags = {flag: name == encoder.pooling for name, (_, flag) in POOLING_NAMES.items()}
+    settings = {
+        "prompts": {"query": encoder.query_prompt, "document": encoder.passage_prompt}, "default_prompt_name": None,
+        "similarity_fn_name": encoder.similarity}
+    if encoder.dimension is not None:
+        settings["truncate_dim"] = encoder.dimension
+    files = {
+        MODULES: [{"idx": i, "name": str(i), "path": CLASSES[name], "type": f"sentence_transformers.models.{name}"}
+                  for i, name in enumerate(chain)],
+        f"{POOLING}/config.json": {"word_embedding_dimension": encoder.model.config.d_model, **flags,
+                                   "include_prompt": True},
+        LENGTHS: {"max_seq_length": encoder.max_length, "do_lower_case": False},
+        SETTINGS: settings,
+    }
+    return files | ({f"{NORMALIZE}/config.json": {}} if encoder.normalize else {})
+
+
+def _modules(folder: Path, given: Pooling | None) -> tuple[Pooling, bool]:
+    """Pooling, and whether vectors get length 1."""
+    if not (folder / MODULES).exists():
+        if given is None:
+            raise ValueError(f"{folder} has no {MODULES}, so it does not say how to pool: give pooling, one of "
+                             f"{', '.join(POOLINGS)}")
+        return given, False
+    chain = [str(module.get("type", "")).rpartition(".")[2] for module in _read(folder / MODULES)]
+    if unknown := [name for name in chain if name not in CLASSES]:
+        raise ValueError(f"{folder / MODULES}: module(s) {', '.join(unknown)} are not supported, only "
+                         f"{', '.join(CLASSES)}")
+    if chain not in (list(CLASSES)[:2], list(CLASSES)):
+        raise ValueError(f"{folder / MODULES}: the chain {', '.join(chain)} is not supported, only "
+                         f"{', '.join(CLASSES)} in this order, with or without the last")
+    paths = [str(module.get("path", "")) for module in _read(folder / MODULES)]
+    found = _pooling(folder / paths[1] / "config.json")
+    if given not in (None, found):
+        raise ValueError(f"{folder} pools by {found}, not by {given}: leave pooling out, or change the result")
+    if len(chain) == 3:
+        _check_plain(_read(folder / paths[2] / "config.json", {}), {
+            "module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"},
+            folder / paths[2] / "config.json")
+    return found, len(chain) == 3
+
+
+def _pooling(path: Path) -> Pooling:
+    values = _read(path)
+    modes = values.get("pooling_mode")
+    if modes is None:
+        names = {flag: name for name, flag in POOLING_NAMES.values()}
+        modes = [names.get(flag, flag) for flag, on in values.items() if flag.startswith(FLAG) and on]
+    modes = [modes] if isinstance(modes, str) else modes
+    ours = [ours for ours, (name, _) in POOLING_NAMES.items() if modes == [name]]
+    if not ours:
+        raise ValueError(f"{path}: pooling by {', '.join(modes) or 'nothing'} is not supported, only by one of "
+                         f"{', '.join(name for name, _ in POOLING_NAMES.values())}")
+    if not values.get("include_prompt", True):
+        raise ValueError(f"{path}: include_prompt=false, pooling without the tokens of the prompt, is not supported")
+    return ours[0]
+
+
+def _settings(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The fields of a `TextEncoder` in the file for the whole model."""
+    similarity = values.get("similarity_fn_name") or "cosine"
+    if similarity not in ("cosine", "dot"):
+        raise ValueError(f"{path}: similarity_fn_name={similarity!r} is not supported, only 'cosine' and 'dot'")
+    prompts = {name: text or "" for name, text in (values.get("prompts") or {}).items()}
+    passage = next((name for name in ("document", "passage", "corpus") if name in prompts), "document")
+    if others := [name for name, text in prompts.items() if text and name not in ("query", passage)]:
+        log.warning("%s: only the prompts of queries and passages are kept, not: %s", path, ", ".join(others))
+    return {"similarity": similarity, "dimension": values.get("truncate_dim"),
+            "query_prompt": prompts.get("query", ""), "passage_prompt": prompts.get(passage, "")}
+
+
+def _max_length(folder: Path, positions: int) -> int:
+    values = _read(folder / LENGTHS, {})
+    _check_plain(values, PLAIN_MODULE | {"max_seq_length": values.get("max_seq_length")}, folder / LENGTHS)
+    # Where it is not said, transformers writes 10^30.
+    said = values.get("max_seq_length") or _read(folder / JSON_NAMES_FILE, {}).get("model_max_length") or positions
+    return min(int(said), positions)
+
+
+def _check_plain(values: Mapping[str, Any], plain: Mapping[str, Any], path: Path) -> None:
+    odd = [f"{name}={value!r}" for name, value in values.items()
+           if value is not None and (name not in plain or value != plain[name])]
+    if odd:
+        raise ValueError(f"{path}: {', '.join(odd)} is not supported, as it would change the vectors")
+
+
+def _read(path: Path, default: Any = None) -> Any:
+    """A JSON file; ValueError names one that is missing (without a default) or damaged."""
+    if default is not None and not path.is_file():
+        return default
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

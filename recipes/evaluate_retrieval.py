@@ -1,0 +1,149 @@
+"""Measure retrievers on BEIR folders: per query, per group, with intervals and paired tests.
+
+    python -m recipes.evaluate_retrieval --data scifact --models all-MiniLM-L6-v2 runs/retriever/exported
+    python -m recipes.evaluate_retrieval --data "timeqa?split=dev" --models base merged --group relation --output out
+
+A model is a folder of sentence-transformers, or with `--pooling` one of transformers; `bm25` ranks by words (needs
+`jaxlm[rl]`); a TREC run file is measured as it is. Search is exact. Measures have trec_eval's semantics; every model is
+compared with the first by a paired permutation test, corrected for their number (Holm). `--output` keeps the runs as
+TREC files and the numbers as JSON. Minutes for 10,000 passages on a laptop CPU with MiniLM.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+
+from jaxlm.core import config as flags
+from jaxlm.core.files import replacing
+from jaxlm.core.log import setup_logging
+from jaxlm.core.mesh import MeshConfig, make_mesh
+from jaxlm.data.beir import BeirSet, read_beir, split_of
+from jaxlm.eval.ranking import BEIR, RankingResult, Run, evaluate_run, group_means, means, read_run, write_run
+from jaxlm.eval.stats import bootstrap_interval, holm, paired_test
+from jaxlm.model.partition import ENCODER_RULES
+from jaxlm.retrieval.bm25 import bm25_index, bm25_search
+from jaxlm.retrieval.embed import Pooling
+from jaxlm.retrieval.folder import load_text_encoder
+from jaxlm.retrieval.index import as_run
+from jaxlm.retrieval.rank import rank
+from jaxlm.train.state import place_leaf
+
+PROG = "recipes.evaluate_retrieval"
+log = logging.getLogger(PROG)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is measured on what."""
+
+    data: str = ""                       # a BEIR folder, `folder?split=dev`; the split test unless another is named
+    models: tuple[str, ...] = ()         # the first is what the others are compared with
+    pooling: Pooling | None = None       # of folders without modules.json
+    measures: tuple[str, ...] = BEIR
+    depth: int = 100                     # documents of each query that are kept
+    group: str = ""                      # a field of queries.jsonl: measures for each of its values
+    ignore_identical_ids: bool = False   # a document with the query's id is no result, as BEIR has it for ArguAna
+    batch_tokens: int = 8192             # tokens that are encoded at once
+    output: Path | None = None           # a folder for runs and numbers
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        if self.depth < 1 or self.batch_tokens < 1:
+            raise ValueError("--depth and --batch-tokens must be at least 1")
+        if len(set(self.models)) < len(self.models):
+            raise ValueError("--models names a model twice")
+
+
+def run_of(config: Config, name: str, data: BeirSet) -> Run:
+    """The ranking of one model."""
+    if Path(name).is_file():
+        return read_run(name)
+    if name == "bm25":
+        ids = list(data.corpus)
+        hits = bm25_search(bm25_index(list(data.corpus.values())), list(data.queries.values()), config.depth, ids=ids)
+        return as_run(hits, list(data.queries), ids)
+    mesh = make_mesh(config.mesh)
+    encoder, params = load_text_encoder(
+        name, pooling=config.pooling, put=lambda path, leaf: place_leaf(path, leaf, mesh=mesh, rules=ENCODER_RULES))
+    with jax.set_mesh(mesh):
+        return rank(encoder, params, data, config.depth, batch_tokens=config.batch_tokens)
+
+
+def groups_of(config: Config, data: BeirSet) -> dict[str, str]:
+    """The group of every judged query."""
+    without = [query for query, fields in data.fields.items() if config.group not in fields]
+    if without:
+        known = sorted({key for fields in data.fields.values() for key in fields})
+        raise ValueError(f"{config.data}: query {without[0]!r} has no field {config.group!r}; fields are "
+                         f"{', '.join(known) or 'none'}")
+    return {query: str(fields[config.group]) for query, fields in data.fields.items()}
+
+
+def compare(results: dict[str, RankingResult], measure: str) -> list[str]:
+    """Every model against the first: difference and p-values, lines of text."""
+    (first, base), *others = results.items()
+    tests = {name: paired_test(result.values[measure], base.values[measure]) for name, result in others}
+    corrected = holm({name: test.p_permutation for name, test in tests.items()})
+    return [f"{measure}: {name} - {first}: {test.difference:+.4f}, p {test.p_permutation:.4f} (corrected "
+            f"{corrected[name]:.4f}; t-test {test.p_t:.4f})" for name, test in tests.items()]
+
+
+def report(config: Config, results: dict[str, RankingResult], groups: dict[str, str]) -> dict[str, dict]:
+    """Prints what was found; returns the numbers."""
+    numbers: dict[str, dict] = {}
+    print("| model | " + " | ".join(config.measures) + " |\n| --- |" + " --- |" * len(config.measures))
+    for name, result in results.items():
+        numbers[name] = {"mean": means(result)}
+        print(f"| {name} | " + " | ".join(f"{numbers[name]['mean'][key]:.4f}" for key in config.measures) + " |")
+    lead = config.measures[0]
+    for name, result in results.items():
+        interval = bootstrap_interval(result.values[lead])
+        numbers[name] |= {"interval": [interval.low, interval.high], "queries": len(result.queries)}
+        print(f"{lead} of {name}: {interval.mean:.4f}, 95 % from {interval.low:.4f} to {interval.high:.4f}, "
+              f"{len(result.queries)} queries")
+        if groups:
+            numbers[name]["groups"] = group_means(result, groups)
+            for group, values in numbers[name]["groups"].items():
+                print(f"  {group}: " + "  ".join(f"{key} {value:.4f}" for key, value in values.items()))
+    for line in compare(results, lead):
+        print(line)
+    return numbers
+
+
+def evaluate(config: Config) -> None:
+    """Ranks, measures, compares, keeps."""
+    if not config.data or not config.models:
+        raise ValueError("--data names a BEIR folder, and --models what is measured on it")
+    data = read_beir(*split_of(config.data, "test"))
+    groups = groups_of(config, data) if config.group else {}
+    results, runs = {}, {}
+    for name in config.models:
+        runs[name] = run_of(config, name, data)
+        results[name] = evaluate_run(runs[name], data.qrels, config.measures,
+                                     ignore_identical_ids=config.ignore_identical_ids)
+        log.info("%s: %s", name, "  ".join(f"{key} {value:.4f}" for key, value in means(results[name]).items()))
+    numbers = report(config, results, groups)
+    if config.output:
+        config.output.mkdir(parents=True, exist_ok=True)
+        for number, (name, run) in enumerate(runs.items()):
+            write_run(config.output / f"{number}_{Path(name).name}.trec", run, Path(name).name.replace(" ", "_"))
+        with replacing(config.output / "measures.json") as scratch:
+            scratch.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    setup_logging()
+    config = flags.parse({"default": Config()}, argv, prog=PROG, description=__doc__)
+    try:
+        evaluate(config)
+    except (ValueError, OSError) as error:
+        flags.fail(error, PROG)
+
+
+if __name__ == "__main__":
+    main()
