@@ -1,4 +1,4 @@
-"""Batch structures, and the axis letters of the whole project.
+"""Batch structures and sizes, and the axis letters of the whole project.
 
 Axis legend: `B` batch, `T` time, `V` vocabulary, `D` model, `N` query heads, `K` key-value heads, `H` head
 dim, `F` feed-forward, `G` samples per prompt, `P` passages, `L` layers, `S` key positions (cache length).
@@ -29,3 +29,8 @@ class LMBatch(NamedTuple):
     loss_mask: np.ndarray   # [B, T] float32, weight of each target; 0 where it does not count
     segments: np.ndarray    # [B, T] int32, document number within the row from 1; 0 is padding
     positions: np.ndarray   # [B, T] int32, position for the rotary embedding
+
+
+def power_of_two(count: int, least: int = 1) -> int:
+    """The smallest power of two that is at least both: few sizes are few compiled programs. 0 gives 1, 5 gives 8."""
+    return 1 << (max(count, least, 1) - 1).bit_length()

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.core.batch import power_of_two
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.generate.decode import decode, pad, step_width
 from jaxlm.generate.requests import Completion, Piece, Report, Request, Respond, Turn
@@ -114,10 +115,10 @@ class Scheduler:
         requests = [row.request for row in taken]
         requests += [requests[0]] * (size - len(requests))
         distinct = list(dict.fromkeys(request.ids for request in requests))
-        rows = self._round(_power(len(distinct)))
+        rows = self._round(power_of_two(len(distinct)))
         prompts = distinct + distinct[:1] * (rows - len(distinct))
         rest = [prompt[len(self.shared):] for prompt in prompts]
-        width = min(_power(max(map(len, rest)), MIN_PROMPT), self.model.config.max_positions)
+        width = min(power_of_two(max(map(len, rest)), MIN_PROMPT), self.model.config.max_positions)
         tokens, mask = pad(rest, width)
         state = self._call("widen", _widen, self._begin(rows), slots=len(self.shared) + width)
         state = self._call("prefill", _prefill, self.model, self.params, state, tokens, mask.sum(axis=1))
@@ -197,11 +198,11 @@ class Scheduler:
 
     def _answer(self, turns: Sequence[tuple[int, int, Turn]]) -> None:
         """Rows go on behind their first `length` tokens with the ids of a turn: (row, length, turn)."""
-        size = self._round(_power(len(turns)))
+        size = self._round(power_of_two(len(turns)))
         turns = [*turns, *[(len(self.rows), 1, Turn([0], 0))] * (size - len(turns))]  # those go nowhere
         rows, lengths = (np.array(x, np.int32) for x in list(zip(*turns, strict=True))[:2])
         answers = [turn.ids for *_, turn in turns]
-        tokens, mask = pad(answers, _power(max(map(len, answers)), MIN_PROMPT))
+        tokens, mask = pad(answers, power_of_two(max(map(len, answers)), MIN_PROMPT))
         ends = lengths + mask.sum(axis=1)
         limits = ends + np.array([turn.max_new_tokens for *_, turn in turns], np.int32)
         for row, limit in zip(rows, limits, strict=True):
@@ -251,7 +252,7 @@ class Scheduler:
         free = [i for i, row in enumerate(self.rows) if row is None]
         if not free:  # the rows came back for room only
             return
-        size = self._round(_power(min(len(free), len(self.queue))))
+        size = self._round(power_of_two(min(len(free), len(self.queue))))
         new = self._open(self._next(len(free)), size)
         self.state = self._widened(new.tokens.shape[1])
         new = self._call("widen", _widen, new, slots=self.state.tokens.shape[1])
@@ -294,7 +295,7 @@ class Scheduler:
 
     def _slots(self, needed: int) -> int:
         """The size of rows: a power of two, or what the longest request can need."""
-        return max(min(_power(needed, MIN_SLOTS), -(-self.capacity // 64) * 64), needed)
+        return max(min(power_of_two(needed, MIN_SLOTS), -(-self.capacity // 64) * 64), needed)
 
     def _stop_ids(self, one: SamplingConfig) -> tuple[int, ...]:
         return one.stop_ids if one.ignore_eos or self.eos_id is None else (*one.stop_ids, self.eos_id)
@@ -313,11 +314,6 @@ class Scheduler:
         key = tuple((x.shape, str(x.dtype)) if hasattr(x, "dtype") else x for x in leaves)
         self.report.programs.add((name, hash((key, structure))))
         return function(*arguments, **keywords)
-
-
-def _power(count: int, least: int = 1) -> int:
-    """The smallest power of two that is at least both."""
-    return 1 << (max(count, least) - 1).bit_length()
 
 
 def _shared_beginning(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

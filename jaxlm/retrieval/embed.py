@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from jaxlm.core.batch import power_of_two
 from jaxlm.core.masked import safe_divide
 from jaxlm.core.mesh import BATCH, constrain, put_whole, split_axes
 from jaxlm.data.tokenizer import Tokenizer, check_vocabulary
@@ -205,7 +206,7 @@ def plan_batches(
     rows are filled up to a power of two. `row_parts` divides the rows, `time_parts` the width.
     """
     def batch(start: int, stop: int, width: int) -> tuple[np.ndarray, int, int]:
-        rows = row_parts * _power_of_two(-(-(stop - start) // row_parts))
+        rows = row_parts * power_of_two(-(-(stop - start) // row_parts))
         return order[start:stop], min(rows, capacity(width)), width
 
     def capacity(width: int) -> int:
@@ -229,13 +230,8 @@ def bucket(length: int) -> int:
 
     8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, ...
     """
-    step = max(8, _power_of_two(length) // 8)
+    step = max(8, power_of_two(length) // 8)
     return -(-length // step) * step
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest one that is at least n."""
-    return 1 << (n - 1).bit_length() if n > 1 else 1
 
 
 POOLINGS = {"mean": mean_pooling, "cls": cls_pooling, "last": last_pooling, "weighted": weighted_pooling}

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxlm.core.batch import power_of_two
 from jaxlm.core.mesh import AXES, MeshConfig, make_mesh
 
 Similarity = Literal["dot", "cosine"]
@@ -67,7 +68,7 @@ def search(
     mesh = jax.sharding.get_mesh()
     mesh = make_mesh(MeshConfig(), jax.local_devices()[:1]) if mesh.empty else mesh
     places = descending_places(ids) if ids is not None else None
-    chunk = min(query_rows, _power_of_two(len(queries)))
+    chunk = min(query_rows, power_of_two(len(queries)))
     chunks = [_put(_filled(queries[i:i + chunk], chunk), P(), mesh) for i in range(0, len(queries), chunk)]
     best = [_nothing(chunk, k, mesh) for _ in chunks]
     count, waiting = 0, deque()
@@ -182,7 +183,7 @@ def _block(block: np.ndarray, places: np.ndarray, mesh: Mesh, block_rows: int) -
         order = np.argsort(places)
         block, places = block[order], places[order]
     devices = math.prod(mesh.shape.values())
-    rows = devices * min(_power_of_two(-(-len(block) // devices)), -(-block_rows // devices))
+    rows = devices * min(power_of_two(-(-len(block) // devices)), -(-block_rows // devices))
     return (_put(_filled(block, rows), P(AXES), mesh),
             _put(_filled(places, rows, LAST), P(AXES), mesh))
 
@@ -207,8 +208,3 @@ def _check_finite(start: int, stop: int, finite: list[jax.Array]) -> None:
     if not all(jax.device_get(finite)):
         raise ValueError(f"documents {start} to {stop - 1} of the corpus hold vectors that are not finite, or whose "
                          "products with the queries are not")
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest one that is at least n."""
-    return 1 << (n - 1).bit_length() if n > 1 else 1

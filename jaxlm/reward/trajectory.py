@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.core.batch import power_of_two
 from jaxlm.core.masked import Mean
 
 log = logging.getLogger(__name__)
@@ -130,8 +131,8 @@ def encode_calls(
             raise ValueError(f"{name} must be at least 1, got {bound}")
     if len(rows) != len(tool_names):
         raise ValueError(f"there are {len(rows)} rows of calls, but lists of tools for {len(tool_names)}")
-    num_calls = max_calls or _power_of_two(max((len(row) for row in rows), default=0))
-    num_params = max_params or _power_of_two(max((len(call[1]) for row in rows for call in row), default=0))
+    num_calls = max_calls or power_of_two(max((len(row) for row in rows), default=0))
+    num_params = max_params or power_of_two(max((len(call[1]) for row in rows for call in row), default=0))
     shape = (len(rows), num_calls)
     empty = lambda *shape: np.full(shape, NO_HASH, np.int32)
     calls = Calls(empty(*shape), empty(*shape), empty(*shape, num_params), empty(*shape, num_params),
@@ -154,10 +155,6 @@ def encode_calls(
         log.warning("%d of %d rows have more calls than %d or calls with more parameters than %d; %d did not fit",
                     cut, len(rows), num_calls, num_params, calls.num_cut.sum())
     return calls
-
-
-def _power_of_two(least: int) -> int:
-    return 1 << max(least - 1, 0).bit_length()
 
 
 def _hash(value: Any, row: int) -> int:
