@@ -17,8 +17,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxlm.core import config as flags
-from jaxlm.core.log import human_count, setup_logging
+from jaxlm.core.command import run_command
+from jaxlm.core.log import human_count
 from jaxlm.core.tree import count_parameters
 from jaxlm.generate.engine import Engine, generate
 from jaxlm.generate.settings import SamplingConfig
@@ -70,12 +70,8 @@ def convert(config: Config) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    setup_logging()
-    config = flags.parse(PRESETS, argv, prog=PROG, description=__doc__)
-    try:
-        convert(config)
-    except (ValueError, OSError) as error:
-        flags.fail(error, PROG)
+    run_command(convert, PRESETS, argv, prog=PROG, description=__doc__)
+
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxlm.core import config as flags
-from jaxlm.core.log import setup_logging
+from jaxlm.core.command import run_command
 from jaxlm.rl.demonstration import write_conversations
 from jaxlm.rl.env import EnvConfig
 from jaxlm.rl.task_set import open_task_set
@@ -54,11 +53,8 @@ def run(config: Config) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    setup_logging()
-    try:
-        run(flags.parse({"default": Config()}, argv, prog=PROG, description=__doc__))
-    except (ValueError, OSError) as error:
-        flags.fail(error, PROG)
+    run_command(run, {"default": Config()}, argv, prog=PROG, description=__doc__)
+
 
 
 if __name__ == "__main__":

@@ -28,8 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.core import config as flags
-from jaxlm.core.log import setup_logging
+from jaxlm.core.command import run_command
 from jaxlm.data.sources import find_files, open_source, parse_source
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.generate.databases import build_corpus, build_model_table, save_database
@@ -222,12 +221,8 @@ def make_database(config: Config) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    setup_logging()
-    config = flags.parse(PRESETS, argv, prog=PROG, description=__doc__)
-    try:
-        make_database(config)
-    except (ValueError, OSError) as error:
-        flags.fail(error, PROG)
+    run_command(make_database, PRESETS, argv, prog=PROG, description=__doc__)
+
 
 
 if __name__ == "__main__":

@@ -17,9 +17,8 @@ from pathlib import Path
 
 import jax
 
-from jaxlm.core import config as flags
+from jaxlm.core.command import run_command
 from jaxlm.core.files import replacing
-from jaxlm.core.log import setup_logging
 from jaxlm.core.mesh import MeshConfig, make_mesh
 from jaxlm.data.beir import BeirSet, read_beir, split_of
 from jaxlm.eval.ranking import BEIR, RankingResult, Run, evaluate_run, group_means, means, read_run, write_run
@@ -137,12 +136,8 @@ def evaluate(config: Config) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    setup_logging()
-    config = flags.parse({"default": Config()}, argv, prog=PROG, description=__doc__)
-    try:
-        evaluate(config)
-    except (ValueError, OSError) as error:
-        flags.fail(error, PROG)
+    run_command(evaluate, {"default": Config()}, argv, prog=PROG, description=__doc__)
+
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.core import config as flags
-from jaxlm.core.log import setup_logging
+from jaxlm.core.command import run_command
 from jaxlm.generate.console import converse, show, typed
 from jaxlm.generate.costs import step_costs
 from jaxlm.generate.databases import load_database
@@ -244,13 +244,8 @@ def run(config: Config) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    setup_logging()
-    try:
-        run(flags.parse(PRESETS, argv, prog=PROG, description=__doc__))
-    except (ValueError, OSError) as error:
-        flags.fail(error, PROG)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    run_command(run, PRESETS, argv, prog=PROG, description=__doc__)
+
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.core import config as flags
-from jaxlm.core.log import setup_logging
+from jaxlm.core.command import run_command
 from jaxlm.core.mesh import MeshConfig, make_mesh
 from jaxlm.data.pipeline import eval_batches
 from jaxlm.data.sources import open_source, parse_source
@@ -216,12 +216,8 @@ def card(config: Config) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    setup_logging()
-    config = flags.parse({"default": Config()}, argv, prog=PROG, description=__doc__)
-    try:
-        merge(config)
-    except (ValueError, OSError) as error:
-        flags.fail(error, PROG)
+    run_command(merge, {"default": Config()}, argv, prog=PROG, description=__doc__)
+
 
 
 if __name__ == "__main__":

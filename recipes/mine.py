@@ -18,9 +18,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxlm.core import config as flags
+from jaxlm.core.command import run_command
 from jaxlm.core.files import replacing
-from jaxlm.core.log import setup_logging
 from jaxlm.core.mesh import MeshConfig, make_mesh
 from jaxlm.data.beir import beir_rows, read_beir, split_of
 from jaxlm.data.retrieval_rows import Passage, RetrievalRow, read_retrieval_rows
@@ -119,12 +118,8 @@ def run(config: Config) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    setup_logging()
-    config = flags.parse({"default": Config()}, argv, prog=PROG, description=__doc__)
-    try:
-        run(config)
-    except (ValueError, OSError) as error:
-        flags.fail(error, PROG)
+    run_command(run, {"default": Config()}, argv, prog=PROG, description=__doc__)
+
 
 
 if __name__ == "__main__":

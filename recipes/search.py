@@ -15,8 +15,7 @@ from pathlib import Path
 
 import jax
 
-from jaxlm.core import config as flags
-from jaxlm.core.log import setup_logging
+from jaxlm.core.command import run_command
 from jaxlm.core.mesh import MeshConfig, make_mesh
 from jaxlm.data.beir import read_corpus
 from jaxlm.model.partition import ENCODER_RULES
@@ -87,14 +86,8 @@ def ask(config: Config) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    setup_logging()
-    config = flags.parse({"default": Config()}, argv, prog=PROG, description=__doc__)
-    try:
-        ask(config)
-    except (ValueError, OSError) as error:
-        flags.fail(error, PROG)
-    except KeyboardInterrupt:
-        print()
+    run_command(ask, {"default": Config()}, argv, prog=PROG, description=__doc__)
+
 
 
 if __name__ == "__main__":

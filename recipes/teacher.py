@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.core import config as flags
+from jaxlm.core.command import run_command
 from jaxlm.core.files import replacing
-from jaxlm.core.log import setup_logging
 from jaxlm.generate.engine import Engine
 from jaxlm.generate.requests import Report
 from jaxlm.generate.results import Results
@@ -119,11 +119,8 @@ def _attempt_all(config, opened, tasks, prompts, tools, dialogue, results: Resul
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    setup_logging()
-    try:
-        run(flags.parse(PRESETS, argv, prog=PROG, description=__doc__))
-    except (ValueError, OSError) as error:
-        flags.fail(error, PROG)
+    run_command(run, PRESETS, argv, prog=PROG, description=__doc__)
+
 
 
 if __name__ == "__main__":

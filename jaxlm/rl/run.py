@@ -16,18 +16,18 @@ import jax
 import optax
 
 from jaxlm.core import config as flags
-from jaxlm.core import distributed
 from jaxlm.core.distributed import DistributedConfig, is_primary
-from jaxlm.core.log import MetricLog, human_count, setup_logging
+from jaxlm.core.log import MetricLog, human_count
 from jaxlm.core.tree import count_parameters, select
 from jaxlm.rl.evaluation import EvalSet, greedy, make_evaluation
 from jaxlm.rl.learner import PolicyLearner
 from jaxlm.rl.loop import Progress, RLLoopConfig, fit_rl
 from jaxlm.rl.policy_params import RULES, Additions
 from jaxlm.train.checkpoint import CheckpointConfig, Checkpointer
-from jaxlm.train.folder import check_shared, clear_folder
+from jaxlm.train.folder import clear_folder
 from jaxlm.train.loop import STOPPED
 from jaxlm.train.measure import Ledger
+from jaxlm.train.run import joined
 from jaxlm.train.state import TrainState, state_of
 
 log = logging.getLogger(__name__)
@@ -101,11 +101,5 @@ def train(run: Run, ledger: Ledger) -> bool:
 
 def launch(config: DistributedConfig, prepare: Callable[[], Run], ledger: Ledger) -> None:
     """Joins the other processes, prepares, trains. SystemExit with status `STOPPED` if a signal ended the run."""
-    setup_logging(config.process_id or 0)
-    distributed.start(config)
-    setup_logging(jax.process_index())
-    run = distributed.together(prepare, facts)
-    distributed.together(lambda: claim(run))
-    distributed.together(lambda: check_shared(run.folder))
-    if not train(run, ledger):
+    if not train(joined(config, prepare, facts, claim), ledger):
         raise SystemExit(STOPPED)

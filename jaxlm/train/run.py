@@ -7,11 +7,11 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,8 @@ from jaxlm.train.state import TrainState, abstract_state, init_state, state_of
 from jaxlm.train.step import Loss, Step, Trainable, check_batch
 
 Mode = Literal["new", "resume", "overwrite"]
+
+R = TypeVar("R")  # a run of any kind, with a `folder`
 
 log = logging.getLogger(__name__)
 
@@ -188,11 +190,23 @@ def train(run: Run, ledger: Ledger) -> bool:
 
 def launch(config: DistributedConfig, prepare: Callable[[], Run], ledger: Ledger) -> None:
     """Joins the other processes, prepares, trains. SystemExit with status `STOPPED` if a signal ended the run."""
+    if not train(joined(config, prepare, facts, claim), ledger):
+        raise SystemExit(STOPPED)
+
+
+def joined(
+    config: DistributedConfig, prepare: Callable[[], R], facts: Callable[[R], Mapping[str, str]],
+    claim: Callable[[R], None],
+) -> R:
+    """A prepared run whose folder is claimed, after all processes have agreed on every step.
+
+    Args:
+      facts: what must be the same in all processes. claim: makes the folder, in the first one.
+    """
     setup_logging(config.process_id or 0)
     distributed.start(config)
     setup_logging(jax.process_index())
     run = distributed.together(prepare, facts)
     distributed.together(lambda: claim(run))
     distributed.together(lambda: check_shared(run.folder))
-    if not train(run, ledger):
-        raise SystemExit(STOPPED)
+    return run
