@@ -18,7 +18,8 @@ from jaxlm.core.config import differences
 
 log = logging.getLogger(__name__)
 
-OURS = ("config.json", "checkpoints", "metrics.jsonl", "tensorboard", "curves.png", "tokenizer", "rollouts", "pages")
+OURS = ("config.json", "checkpoints", "metrics.jsonl", "tensorboard", "curves.png", "tokenizer", "rollouts", "pages",
+        "exported")
 
 
 def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
