@@ -180,7 +180,8 @@ def prepare(config: Config) -> Run:
     return Run(
         folder=config.folder, mode=mode_of(resume=config.resume, overwrite=config.overwrite), config=lasting(config),
         files=encoder.tokenizer.files(), mesh=mesh, learning=learning, batches=batches,
-        evaluate=make_evaluation(encoder, dev), loop=config.loop, checkpoint=config.checkpoint, seed=config.seed,
+        evaluate=make_evaluation(encoder, dev) if dev else None, loop=config.loop, checkpoint=config.checkpoint,
+        seed=config.seed,
         flops=6 * (count_parameters(params) - table) * tokens, dtype=config.compute.dtype,
         summary=f"{sum(len(source.rows) for source in sources)} rows, {config.batch.batch_size} queries a batch with "
                 f"{config.batch.batch_size * (1 + config.batch.num_negatives)} passages in {config.chunks} chunks")

@@ -117,7 +117,7 @@ class Run:
     mesh: Mesh
     learning: Learning
     batches: Batches
-    evaluate: Callable[[Any, int], tuple[dict[str, float], str]]
+    evaluate: Callable[[Any, int], tuple[dict[str, float], str]] | None
     loop: LoopConfig
     checkpoint: CheckpointConfig
     seed: int
