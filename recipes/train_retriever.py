@@ -24,7 +24,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxlm.core import config as flags
 from jaxlm.core.distributed import DistributedConfig, is_primary
@@ -35,6 +34,7 @@ from jaxlm.data.retrieval_batches import RetrievalBatchConfig
 from jaxlm.data.retrieval_rows import read_retrieval_rows
 from jaxlm.eval.ranking import evaluate_run, means
 from jaxlm.model.config import ComputeConfig
+from jaxlm.model.hf import Put
 from jaxlm.model.partition import ENCODER_RULES
 from jaxlm.objective.contrastive import ContrastiveConfig
 from jaxlm.optim.optimizer import OptimConfig, make_optimizer
@@ -125,11 +125,10 @@ def open_train(specs: Sequence[str]) -> list[DataSet]:
     return found
 
 
-def open_encoder(config: Config, mesh: Mesh) -> tuple[TextEncoder, Any]:
-    """The encoder of `init`, and its parameters on the mesh."""
+def open_encoder(config: Config, put: Put | None = None) -> tuple[TextEncoder, Any]:
+    """The encoder of `init` and its parameters, placed by `put`."""
     if not config.init:
         raise ValueError("--init names the model to start from: a folder of sentence-transformers or transformers")
-    put = lambda path, leaf: place_leaf(path, np.asarray(leaf), mesh=mesh, rules=ENCODER_RULES)
     encoder, params = load_text_encoder(config.init, pooling=config.pooling, compute=config.compute, put=put)
     if config.max_length:
         encoder = dataclasses.replace(encoder, max_length=config.max_length)
@@ -159,7 +158,8 @@ def prepare(config: Config) -> Run:
     if mesh.shape["context"] > 1:
         raise ValueError("mesh.context splits texts over time, which training a retriever does not; use data or fsdp")
     shard = data_shard(mesh)
-    encoder, params = open_encoder(config, mesh)
+    encoder, params = open_encoder(
+        config, lambda path, leaf: place_leaf(path, np.asarray(leaf), mesh=mesh, rules=ENCODER_RULES))
     sources = open_train(config.data.train)
     batches = EncodedBatches(encoder, sources, config.batch, loader=shard.index, loaders=shard.count)
     rows = mesh.shape["data"] * mesh.shape["fsdp"] * config.chunks
@@ -174,8 +174,10 @@ def prepare(config: Config) -> Run:
     learning = Learning(init=encoder.model.init, tx=tx, rules=ENCODER_RULES, params=params,
                         step=make_step(loss, tx, schedule, mesh=mesh, rules=ENCODER_RULES, seed=config.seed))
     abstract_state(learning.init, tx, mesh, ENCODER_RULES)  # the mesh must divide every parameter
-    places = next(EncodedBatches(encoder, sources, config.batch))
-    tokens = sum(places[name].tokens.size for name in ("query", "passage")) / config.batch.batch_size
+    start = batches.get_state()
+    first = next(batches)
+    batches.set_state(start)
+    tokens = sum(first[name].tokens.size for name in ("query", "passage")) / len(first["relevance"])
     table = params["embed"]["embedding"].size
     return Run(
         folder=config.folder, mode=mode_of(resume=config.resume, overwrite=config.overwrite), config=lasting(config),
@@ -190,9 +192,7 @@ def prepare(config: Config) -> Run:
 def export(config: Config) -> None:
     """What the last checkpoint holds, as a folder of sentence-transformers."""
     kind = json.loads((Path(config.init) / "config.json").read_text(encoding="utf-8"))["model_type"]
-    encoder, params = load_text_encoder(config.init, pooling=config.pooling)
-    if config.max_length:
-        encoder = dataclasses.replace(encoder, max_length=config.max_length)
+    encoder, params = open_encoder(config)
     params = saved_params(config.folder, jax.eval_shape(lambda: params))
     save_text_encoder(config.folder / "exported", encoder, jax.device_get(params), architecture=kind, overwrite=True)
     log.info("exported to %s", config.folder / "exported")

@@ -86,15 +86,16 @@ class EncodedBatches:
         return self._batches.get_state() | {"sources": [source.fingerprint() for source in self.sources]}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continues at a state; ValueError if it is of other data."""
+        """Continues at a state, and counts from there; ValueError if it is of other data."""
         for source, then in zip(self.sources, state["sources"], strict=True):
             if then != source.fingerprint():
                 raise ValueError(f"{source.name} is not the data that this run began with; a position in it means "
                                  "nothing now")
         self._batches.set_state({"drawn": state["drawn"]})
+        self._places = self._tokens = self._cut = self._excluded = 0
 
     def stats(self) -> dict[str, float]:
-        """Shares and counts since this process began."""
+        """Shares and counts since this process began, or since `set_state`."""
         return {"data/padding": 1 - self._tokens / max(self._places, 1), "data/cut_texts": self._cut,
                 "data/excluded_keys": self._excluded}
 
