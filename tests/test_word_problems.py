@@ -195,13 +195,30 @@ def test_options_of_word_problems():
     assert [a.answers for a in plain] == [b.answers for b in full] and numbers(full) > numbers(plain) + 150
 
 
+@pytest.mark.parametrize("split", get_args(words.Split))
+def test_a_teacher_that_slips_calls_another_tool_and_goes_on_with_its_result(split):
+    right, slips = TASKS[split], word_problems(WordProblemConfig(split=split, count=600, slips=0.6))
+    assert all(replace(a, teacher=b.teacher) == b for a, b in zip(right, slips, strict=True)), "the problem is the same"
+    changed = total = 0
+    for a, b in zip(right, slips, strict=True):
+        wrong = [one for one, name in zip(b.teacher_calls(), a.teacher_calls(), strict=True) if one[0] != name[0]]
+        for (name, _), (given, _) in zip(a.teacher_calls(), b.teacher_calls(), strict=True):
+            assert words.TOOLS[name].parameters["required"] == words.TOOLS[given].parameters["required"]
+        changed, total = changed + len(wrong), total + len(a.teacher_calls())
+        last = words.TOOLS[b.teacher_calls()[-1][0]].call(**b.teacher_calls()[-1][1])
+        assert float(extract_boxed(b.teacher[-1]["content"])) == last
+        assert wrong or a.teacher == b.teacher
+    assert 0.4 < changed / total < 0.6, "sums, powers and results too long to copy have no other tool"
+    word_problems(WordProblemConfig(split=split, count=300, slips=1.0))  # ends
+
+
 @pytest.mark.parametrize(("fields", "message"), [
     ({"split": "unsen"}, "'unsen' is no split of word problems .did you mean 'unseen'"),
     ({"domains": ("fram",)}, "'fram' is no domain of train .did you mean 'farm'"),
     ({"split": "unseen", "domains": ("farm",)}, "'farm' is no domain of unseen"),
     ({"count": 0}, "count must be at least 1"), ({"digits": 9}, "digits must be from 1 to 4"),
     ({"num_tools": 13}, "num_tools must be from 1 to 12"), ({"remarks": 1.5}, "remarks must be from 0 to 1"),
-    ({"max_calls": 0}, "max_calls must be at least 1"),
+    ({"max_calls": 0}, "max_calls must be at least 1"), ({"slips": 2.0}, "slips must be from 0 to 1"),
 ])
 def test_wrong_options_of_word_problems(fields, message):
     with pytest.raises(ValueError, match=message):

@@ -8,7 +8,7 @@ in domains of its own, with other words and forms of questions, and with program
 import math
 import random
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -50,6 +50,7 @@ class WordProblemConfig:
     max_calls: int = 4             # of the teacher
     num_tools: int = len(TOOLS)    # on offer: those needed, and others
     remarks: float = 0.2           # share of problems with a sentence whose number does not matter
+    slips: float = 0.0             # share of the teacher's calls to another tool of the same parameters
 
     def __post_init__(self) -> None:
         if self.split not in get_args(Split):
@@ -61,7 +62,7 @@ class WordProblemConfig:
                 raise ValueError(f"domains: {name!r} is no domain of {self.split}{nearest(name, known)}; one of "
                                  f"{', '.join(known)}")
         for name, low, high in (("count", 1, None), ("digits", 1, MAX_DIGITS), ("max_calls", 1, None),
-                                ("num_tools", 1, len(TOOLS)), ("remarks", 0, 1)):
+                                ("num_tools", 1, len(TOOLS)), ("remarks", 0, 1), ("slips", 0, 1)):
             value = getattr(self, name)
             if not (low <= value and (high is None or value <= high)):
                 wanted = f"at least {low}" if high is None else f"from {low} to {high}"
@@ -93,10 +94,13 @@ def word_problem(config: WordProblemConfig, index: int) -> Task:
     needed = {step.tool for step in program.steps()}
     offered = needed | set(rng.sample([name for name in TOOLS if name not in needed],
                                       max(0, config.num_tools - len(needed))))
+    # Drawn from numbers of their own, so that slips change what the teacher does and not the problem.
+    slips = random.Random(f"slips {config.seed} {config.split} {index}")
+    called = _slipped(slips, program, numbers, config.slips, offered)
     return Task(
         id=f"words-{config.split}-{domain_name}-{program_name}-{config.seed}-{index}", question=question,
         tools=tuple(name for name in TOOLS if name in offered), answers=(results[-1],), judge="numeric",
-        domain=domain_name, teacher=_teacher(program, numbers, results))
+        domain=domain_name, teacher=_teacher(program, numbers, called))
 
 
 def run_program(program: Program, numbers: Mapping[str, int]) -> list[int | float] | None:
@@ -160,12 +164,47 @@ def _insert(rng: random.Random, question: str, remark: str) -> str:
     return f"{told}. {remark} {asked}" if separator and rng.random() < 0.5 else f"{remark} {question}"
 
 
-def _teacher(program: Program, numbers: Mapping[str, int], results: list[int | float]) -> tuple[dict[str, Any], ...]:
-    messages = []
+def _slipped(rng: random.Random, program: Program, numbers: Mapping[str, int], share: float,
+             offered: Collection[str]) -> list[tuple[str, dict[str, Any], int | float]]:
+    """Tool, arguments and result of each step; a `share` of steps takes another tool, and goes on with its result."""
+    while True:  # a slip may leave a later step without a result, say a root of less than nothing
+        called: list[tuple[str, dict[str, Any], int | float]] = []
+        for step in program.steps():
+            arguments = _arguments(step.arguments, numbers, [result for _, _, result in called])
+            twins = [name for name in sorted(offered) if name != step.tool and set(arguments) == _parameters(name)]
+            found = {name: result for name in (step.tool, *(twins if rng.random() < share else ()))
+                     if (result := _short(name, arguments)) is not None}
+            if not found:
+                break
+            wrong = [name for name in found if name != step.tool]
+            tool = rng.choice(wrong) if wrong else step.tool
+            called.append((tool, arguments, found[tool]))
+        else:
+            return called
+
+
+def _parameters(tool: str) -> set[str]:
+    return set(TOOLS[tool].parameters["properties"])
+
+
+def _short(tool: str, arguments: Mapping[str, Any]) -> int | float | None:
+    """The result, a whole one as an integer; None if there is none, or it is too long to be copied."""
+    try:
+        value = TOOLS[tool].call(**arguments)
+    except ValueError:
+        return None
+    if value != round(value, 3):
+        return None
+    return int(value) if value == int(value) else value
+
+
+def _teacher(program: Program, numbers: Mapping[str, int],
+             called: Sequence[tuple[str, dict[str, Any], int | float]]) -> tuple[dict[str, Any], ...]:
+    messages, left = [], iter(called)
     for said, steps in program.turns:
-        calls = [(step.tool, _arguments(step.arguments, numbers, results)) for step in steps]
+        calls = [next(left)[:2] for _ in steps]
         messages += call_turn(said.format(**numbers), calls, TOOLS)
-    return (*messages, boxed(results[-1]))
+    return (*messages, boxed(called[-1][2]))
 
 
 NEEDS = {
