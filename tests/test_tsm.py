@@ -10,6 +10,8 @@ import jax
 import numpy as np
 import pytest
 
+from jaxlm.data.beir import BeirSet
+from jaxlm.data.beir_files import write_beir
 from jaxlm.data.time_specifiers import SPECIFIERS
 from jaxlm.retrieval.folder import load_text_encoder, save_text_encoder
 from recipes import tsm
@@ -46,11 +48,16 @@ def called(monkeypatch):
 
 def test_from_data_to_summary_and_again_without_work(base, called, tmp_path, capsys):
     folder = tmp_path / "run"
+    other = tmp_path / "elsewhere"
+    write_beir(other, BeirSet({f"d{i}": f"a text {i}" for i in range(9)}, {f"q{i}": f"text {i}" for i in range(5)}, {},
+                              {f"q{i}": {f"d{i}": 1} for i in range(5)}, {}, 0), "dev")
     flags = ["--init", str(base), "--entities", "10", "--negatives", "2", "--batch-size", "2", "--line", "0.5",
-             "--folder", str(folder)]
+             "--plain", f"{other}?split=dev", "--questions", "3", "--folder", str(folder)]
     tsm.main(flags)
     summary = (folder / "results/summary.md").read_text()
-    assert summary.count("| merged |") == 2 and (folder / "results/gains.png").stat().st_size > 1000
+    assert summary.count("| merged |") == 3 and (folder / "results/gains.png").stat().st_size > 1000
+    assert "## elsewhere (3 questions)" in summary and "elsewhere, merged - joint" in summary
+    folder = folder / "seed_1"
     trained = [arguments for module, arguments in called if module == "recipes.train_retriever"]
     assert len(trained) == len(SPECIFIERS) + 1
     joint = trained[-1]
