@@ -118,6 +118,8 @@ def prepare(config: Config) -> dict[str, Path]:
     folder, base = config.own(), config.own() / "base"
     if not base.exists():
         encoder, params = load_text_encoder(config.init, pooling=config.pooling)
+        # All models read as much of a text, or the measures would compare lengths.
+        encoder = replace(encoder, max_length=min(encoder.max_length, config.max_length))
         kind = json.loads((Path(config.init) / "config.json").read_text(encoding="utf-8"))["model_type"]
         folder.mkdir(parents=True, exist_ok=True)
         save_text_encoder(base, encoder, params, architecture=kind)
