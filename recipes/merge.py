@@ -11,9 +11,8 @@ first model, and a card (README.md) that says what it is made of; it appears who
 
 `--search.steps 4` evaluates every combination of weights that are multiples of 1/4 and sum to 1 (with
 `--search.scales 0.5 1` each at these scales of the task vector) in bits per byte of `--search.held-out`, and writes the
-best; for decoders that fit into memory with their candidates. Minutes on a laptop CPU for 1 GB. Left out: layers of
-different models in one (passthrough), merging over a mesh from the command line (`jaxlm.merge.tensors.merge_trees`
-does it).
+best; for decoders that fit into memory with their candidates. Minutes on a laptop CPU for 1 GB; with several devices
+each merges a part of every tensor. Left out: layers of different models in one (passthrough).
 """
 
 import json
@@ -29,6 +28,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxlm.core import config as flags
 from jaxlm.core.command import run_command
@@ -128,7 +128,7 @@ def merge(config: Config) -> None:
         if config.search.steps:
             config = replace(config, merge=search(config, checkpoints))
         names = sorted(checkpoints[0].tensors)
-        merged = stream(config, checkpoints, names)
+        merged = stream(config, checkpoints, names, make_mesh(MeshConfig()) if len(jax.devices()) > 1 else None)
         with new_folder(config.target, overwrite=config.overwrite) as scratch:
             write_checkpoint(scratch, {name: written(checkpoints[0].tensors[name], config.merge) for name in names},
                              merged, max_shard_bytes=int(config.max_shard_gb * 1e9))
@@ -138,11 +138,12 @@ def merge(config: Config) -> None:
     log.info("%d tensors of %d models written to %s", len(names), len(config.models), config.target)
 
 
-def stream(config: Config, checkpoints: Sequence[Checkpoint], names: Sequence[str]
+def stream(config: Config, checkpoints: Sequence[Checkpoint], names: Sequence[str], mesh: Mesh | None = None
            ) -> Iterator[tuple[str, np.ndarray]]:
     """The merged tensors; the base is the last checkpoint."""
     return merge_stream(names, lambda model, name: checkpoints[model].read(name), config.merge,
-                        num_models=len(config.models), has_base=bool(config.base), labels=config.models)
+                        num_models=len(config.models), has_base=bool(config.base), labels=config.models,
+                        mesh=mesh)
 
 
 def search(config: Config, checkpoints: Sequence[Checkpoint]) -> MergeConfig:

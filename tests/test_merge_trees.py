@@ -101,6 +101,12 @@ def test_one_device_and_eight_give_the_same(name):
     shared = jax.jit(run)([jax.device_put(one, shardings) for one in whole])
     assert len(shared["layers"]["mlp"]["kernel"].sharding.device_set) == 8
     close(shared, run(whole), rtol=1e-6, atol=1e-6)
+    # And a stream, where tensors of sizes that 8 does not divide lie on all devices.
+    stored = [files(one, transposed_layouts()) for one in ([*trees, base] if base is not None else trees)]
+    alone, split = (dict(merge_stream(list(stored[0]), lambda model, name: stored[model][name], config,
+                                      num_models=len(trees), has_base=base is not None, mesh=mesh))
+                    for mesh in (None, mesh))
+    close(split, alone, rtol=1e-6, atol=1e-6)
 
 
 def test_masks_follow_seed_and_name_alone():
