@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxlm.core.mesh import constrain
+from jaxlm.core.mesh import BATCH, constrain, split_axes
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -40,8 +40,13 @@ def _forward(x: jax.Array, w: jax.Array, dtype: jnp.dtype | None, layout: P | No
 def _backward(dtype: jnp.dtype | None, layout: P | None, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple:
     x, w = saved
     g, last = g.astype(x.dtype), x.ndim - 1
-    rows = tuple(range(last))  # contracted as they are: merged, rows and time split over a mesh would be gathered first
     dx = jax.lax.dot_general(g, _operand(x, w, layout), (((last,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or split_axes(BATCH[1], mesh)[1] == 1:
+        # Of a matrix XLA on CPU reads the transpose where it lies; of more axes it makes a copy, which takes as long as
+        # the product. Not where time is split too: rows and time merged would be gathered first.
+        x, g = x.reshape(-1, x.shape[last]), g.reshape(-1, g.shape[last])
+    rows = tuple(range(x.ndim - 1))
     dw = jax.lax.dot_general(x, g, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
