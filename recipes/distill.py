@@ -34,7 +34,7 @@ from jaxlm.core import config as flags
 from jaxlm.core.batch import LMBatch
 from jaxlm.core.distributed import DistributedConfig
 from jaxlm.core.log import human_count
-from jaxlm.core.mesh import MeshConfig, data_shard, make_mesh
+from jaxlm.core.mesh import MeshConfig, data_shard, make_mesh, place_leaf
 from jaxlm.core.tree import count_parameters
 from jaxlm.data.chat_examples import ChatFormat, chat_batches, chat_example, check_symbols, encode_source, with_bos
 from jaxlm.data.chat_template import TEMPLATES, ChatTemplate, chat_template_from_files, named_template
@@ -66,11 +66,11 @@ from jaxlm.train.distill import (
     with_teacher,
 )
 from jaxlm.train.folder import check_folder, check_resumable
-from jaxlm.train.loop import LoopConfig, NonFiniteError
+from jaxlm.train.loop import LoopConfig
 from jaxlm.train.measure import Ledger
 from jaxlm.train.pretrained import Pretrained, load_weights, open_pretrained
-from jaxlm.train.run import Learning, Run, attention_backend, check_shapes, launch, mode_of
-from jaxlm.train.state import abstract_state, place_leaf
+from jaxlm.train.run import Learning, Run, attention_backend, check_shapes, launch, mode_of, run_training
+from jaxlm.train.state import abstract_state
 
 PROG = "recipes.distill"
 MADE_BY = {"runs/demo": "make demo", "runs/sft": "python -m recipes.sft"}  # the teachers of presets
@@ -327,16 +327,14 @@ def step_of(config: Config, pair: Pair, tx: optax.GradientTransformation, mesh: 
                              seed=config.seed)
 
 
+def work(config: Config, ledger: Ledger) -> None:
+    """One run."""
+    launch(config.distributed, partial(prepare, config), ledger)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    ledger = Ledger()
-    config = flags.parse(PRESETS, argv, prog=PROG, description=__doc__)
-    try:
-        launch(config.distributed, partial(prepare, config), ledger)
-    except (ValueError, OSError, NonFiniteError) as error:
-        flags.fail(error, PROG)
-    finally:
-        ledger.close()
+    run_training(work, PRESETS, argv, prog=PROG, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from jaxlm.core import config as flags
 from jaxlm.core.batch import LMBatch
 from jaxlm.core.distributed import DistributedConfig
 from jaxlm.core.log import human_count
-from jaxlm.core.mesh import MeshConfig, data_shard, make_mesh
+from jaxlm.core.mesh import MeshConfig, data_shard, make_mesh, place_leaf
 from jaxlm.data.corpus import CorpusConfig, open_corpus
 from jaxlm.data.examples import excluded_ids
 from jaxlm.data.pipeline import PipelineConfig, make_pipeline, resolve_shards
@@ -43,7 +43,7 @@ from jaxlm.optim.schedule import ScheduleConfig, make_schedule
 from jaxlm.train.checkpoint import CheckpointConfig, saved_run
 from jaxlm.train.chips import parse_topology
 from jaxlm.train.folder import check_folder, check_resumable
-from jaxlm.train.loop import LoopConfig, NonFiniteError
+from jaxlm.train.loop import LoopConfig
 from jaxlm.train.measure import Ledger
 from jaxlm.train.plan import Work, plan_report
 from jaxlm.train.run import (
@@ -55,8 +55,9 @@ from jaxlm.train.run import (
     launch,
     make_loss,
     mode_of,
+    run_training,
 )
-from jaxlm.train.state import TrainState, abstract_state, place_leaf
+from jaxlm.train.state import TrainState, abstract_state
 from jaxlm.train.step import Step, make_step
 
 PROG = "recipes.pretrain"
@@ -227,23 +228,21 @@ def step_work(config: Config) -> Work:
     return Work(tokens=tokens, model_flops=tokens * flops_per_token(config.model, config.pipeline.seq_len))
 
 
+def work(config: Config, ledger: Ledger) -> None:
+    """One run, or the plan of one."""
+    if not config.plan:
+        launch(config.distributed, partial(prepare, config), ledger)
+        return
+    if config.resume or config.overwrite:
+        raise ValueError("--plan writes nothing: leave out --resume and --overwrite")
+    config = adopt_model(config)
+    plan_report(partial(step_program, config), parse_topology(config.plan), config.mesh, config.accumulate,
+                step_work(config), print)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    ledger = Ledger()
-    config = flags.parse(PRESETS, argv, prog=PROG, description=__doc__)
-    try:
-        if config.plan:
-            if config.resume or config.overwrite:
-                raise ValueError("--plan writes nothing: leave out --resume and --overwrite")
-            config = adopt_model(config)
-            plan_report(partial(step_program, config), parse_topology(config.plan), config.mesh, config.accumulate,
-                        step_work(config), print)
-            return
-        launch(config.distributed, partial(prepare, config), ledger)
-    except (ValueError, OSError, NonFiniteError) as error:
-        flags.fail(error, PROG)
-    finally:
-        ledger.close()
+    run_training(work, PRESETS, argv, prog=PROG, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -55,9 +55,9 @@ from jaxlm.rl.update import Policy
 from jaxlm.train.checkpoint import CheckpointConfig
 from jaxlm.train.chips import parse_topology
 from jaxlm.train.folder import check_folder, check_resumable
-from jaxlm.train.loop import NonFiniteError
 from jaxlm.train.measure import Ledger
 from jaxlm.train.pretrained import Pretrained, open_pretrained
+from jaxlm.train.run import run_training
 from jaxlm.train.step import part_optimizer
 
 PROG = "recipes.rl_distill"
@@ -239,19 +239,17 @@ def plan(config: Config) -> None:
     plan_update(settings_of(config), make_tx(config), config.optim.lr, parse_topology(config.plan), config.mesh, print)
 
 
+def work(config: Config, ledger: Ledger) -> None:
+    """One run, or the plan of one."""
+    if config.plan:
+        plan(config)
+    else:
+        launch(config.distributed, lambda: prepare(config), ledger)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    ledger = Ledger(*PHASES)
-    config = flags.parse(PRESETS, argv, prog=PROG, description=__doc__)
-    try:
-        if config.plan:
-            plan(config)
-        else:
-            launch(config.distributed, lambda: prepare(config), ledger)
-    except (ValueError, OSError, NonFiniteError) as error:
-        flags.fail(error, PROG)
-    finally:
-        ledger.close()
+    run_training(work, PRESETS, argv, prog=PROG, description=__doc__, phases=PHASES)
 
 
 if __name__ == "__main__":

@@ -12,17 +12,15 @@ keep the base frozen; `mentor_sft` has the settings of MENTOR's imitation baseli
 Left out: dropout in adapters, int8 base weights in training (QLoRA), adapters of embeddings and heads.
 """
 
-import json
 import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -30,40 +28,31 @@ from jaxlm.core import config as flags
 from jaxlm.core.batch import LMBatch
 from jaxlm.core.distributed import DistributedConfig
 from jaxlm.core.log import human_count
-from jaxlm.core.mesh import MeshConfig, data_shard, make_mesh, tree_shardings
+from jaxlm.core.mesh import MeshConfig, data_shard, make_mesh
 from jaxlm.core.rng import derive
 from jaxlm.core.tree import named_leaves
-from jaxlm.data.chat_examples import (
-    ChatFormat,
-    chat_batches,
-    check_symbols,
-    encode_source,
-    train_chat_tokenizer,
-    with_bos,
-)
-from jaxlm.data.chat_template import TEMPLATES, ChatTemplate, chat_template_from_files, named_template
+from jaxlm.data.chat_examples import ChatFormat, chat_batches, encode_source
+from jaxlm.data.chat_template import chat_template_from_files
 from jaxlm.data.conversations import ConversationsConfig, open_corpora
 from jaxlm.data.examples import excluded_ids
 from jaxlm.data.pipeline import PipelineConfig, resolve_shards
-from jaxlm.data.sources import Source
-from jaxlm.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, tokenizer_from_files
+from jaxlm.data.tokenizer import check_vocabulary, tokenizer_from_files
 from jaxlm.data.tokenizer_training import TokenizerConfig
 from jaxlm.eval.chat_held_out import AnswerConfig, make_chat_evaluation
 from jaxlm.model import lora
 from jaxlm.model.config import ComputeConfig, ModelConfig, flops_per_token
 from jaxlm.model.decoder import Model, build
 from jaxlm.model.lora import LoraConfig
-from jaxlm.model.partition import LORA_RULES, PARAM_RULES
 from jaxlm.model.presets import MODELS
 from jaxlm.optim.optimizer import OptimConfig, make_optimizer
 from jaxlm.optim.schedule import ScheduleConfig, make_schedule
 from jaxlm.train.checkpoint import CheckpointConfig, saved_run
 from jaxlm.train.chips import parse_topology
 from jaxlm.train.folder import check_folder, check_resumable
-from jaxlm.train.loop import LoopConfig, NonFiniteError
+from jaxlm.train.loop import LoopConfig
 from jaxlm.train.measure import Ledger
 from jaxlm.train.plan import Work, plan_report
-from jaxlm.train.pretrained import Pretrained, load_weights, open_pretrained
+from jaxlm.train.pretrained import Pretrained
 from jaxlm.train.run import (
     Learning,
     Run,
@@ -73,12 +62,13 @@ from jaxlm.train.run import (
     launch,
     make_loss,
     mode_of,
+    run_training,
 )
-from jaxlm.train.state import TrainState, abstract_state, place_leaf
+from jaxlm.train.state import TrainState, abstract_state
 from jaxlm.train.step import Step, Trainable, make_step, part_optimizer
+from jaxlm.train.tuning import RULES, Language, open_init, open_language, spread_rows, starting_params
 
 PROG = "recipes.sft"
-RULES = (*PARAM_RULES, *LORA_RULES)
 log = logging.getLogger(PROG)  # as a module with flags, this file is called __main__
 
 
@@ -157,47 +147,12 @@ def lasting(config: Config) -> Config:
     return replace(config, resume=False, overwrite=False, plan="", distributed=DistributedConfig())
 
 
-class Language(NamedTuple):
-    """The language side of a run."""
-
-    tokenizer: Tokenizer
-    template: ChatTemplate
-
-    def files(self) -> dict[str, bytes]:
-        """Of both, as checkpoints keep them."""
-        return self.tokenizer.files() | self.template.files()
-
-
-def open_init(config: Config) -> tuple[Config, Pretrained | None]:
+def open_model(config: Config) -> tuple[Config, Pretrained | None]:
     """What `init` names, without its weights, and the configuration with its model."""
     if not config.init or config.resume:
         return config, None
-    opened = open_pretrained(Path(config.init))
-    if config.model not in (opened.config, *(preset.model for preset in PRESETS.values())):
-        raise ValueError("--init brings its own model configuration; leave out the --model flags")
-    if opened.tokenizer is None and config.tokenizer.path == "train":
-        raise ValueError(f"--init {config.init} has no tokenizer: name that of its weights with --tokenizer.path")
-    if opened.tokenizer is not None and config.tokenizer != TokenizerConfig():
-        raise ValueError("--init brings its own tokenizer; leave out the --tokenizer flags")
+    opened = open_init(config.init, config.model, config.tokenizer, [preset.model for preset in PRESETS.values()])
     return replace(config, model=opened.config), opened
-
-
-def open_language(config: Config, opened: Pretrained | None, sources: Sequence[Source]) -> Language:
-    """The tokenizer and template of `init`, or those that flags name, or a tokenizer trained on the conversations."""
-    template = named_template(config.template) or (opened and opened.chat) or ChatTemplate(TEMPLATES["chatml"])
-    if opened is not None and opened.tokenizer is not None:
-        tokenizer = opened.tokenizer
-    elif config.tokenizer.path != "train":
-        tokenizer = load_tokenizer(config.tokenizer.path)
-    else:
-        share = -(-(config.tokenizer.documents or 50_000) // len(sources))
-        documents = (source[i] for source in sources for i in range(0, len(source), -(-len(source) // share)))
-        tokenizer = train_chat_tokenizer((json.loads(one.text) for one in documents if one), template,
-                                         config.model.vocab_size, symbols=config.tokenizer.symbols or ())
-    check_symbols(template, tokenizer)
-    # Hugging Face models begin as their template says; every text of our own runs begins with BOS.
-    ours = opened is None or opened.start or opened.chat is None
-    return Language(tokenizer, with_bos(template, tokenizer) if ours else template)
 
 
 def resumed(config: Config) -> tuple[Config, Language]:
@@ -229,23 +184,13 @@ def parameters(config: Config, model: Model) -> tuple[Any, Trainable | None]:
     return model.init, lambda path: not any(re.search(pattern, path) for pattern in config.freeze)
 
 
-def starting_params(config: Config, opened: Pretrained, mesh: Mesh) -> Any:
-    """The weights of `init` on the mesh, with adapters that change nothing yet."""
-    put = lambda path, leaf: place_leaf(path, np.asarray(leaf), mesh=mesh, rules=RULES)
-    params = load_weights(Path(config.init), opened, put=put).params
-    adapted = lambda params: lora.init(derive(config.seed, "lora"), params, config.lora)
-    shardings = tree_shardings(jax.eval_shape(adapted, params), RULES, mesh)
-    with jax.set_mesh(mesh):
-        return jax.jit(adapted, out_shardings=shardings, donate_argnums=0)(params)
-
-
 def prepare(config: Config) -> Run:
     """Everything that can fail for reasons of the user: ValueError, before anything is written or trained.
 
     Every process does this by itself.
     """
     check_folder(config.folder, resume=config.resume, overwrite=config.overwrite)
-    config, opened = open_init(config)
+    config, opened = open_model(config)
     mesh = make_mesh(config.mesh)
     if config.resume:
         config, language = resumed(config)
@@ -254,7 +199,8 @@ def prepare(config: Config) -> Run:
     config = replace(config, pipeline=resolve_shards(config.pipeline, loaders))
     sources, held_out = open_corpora(config.data)
     if not config.resume:
-        language = open_language(config, opened, sources)
+        language = open_language(opened, config.template, config.tokenizer, config.model.vocab_size,
+                                 spread_rows(sources, config.tokenizer.documents))
     check_vocabulary(language.tokenizer, config.model.vocab_size)
     log.info("tokenizer: %d tokens, fingerprint %.12s", language.tokenizer.vocab_size, language.tokenizer.fingerprint())
     data, seq_len = config.data, config.pipeline.seq_len
@@ -272,7 +218,7 @@ def prepare(config: Config) -> Run:
     learning = learning_of(config, model, mesh)
     abstract_state(learning.init, learning.tx, mesh, RULES)  # the mesh must divide every parameter
     if opened is not None:
-        learning = replace(learning, params=starting_params(config, opened, mesh))
+        learning = replace(learning, params=starting_params(config.init, opened, config.lora, config.seed, mesh))
     backend = attention_backend(config.model, config.compute, seq_len, mesh)
     return Run(
         folder=config.folder, mode=mode_of(resume=config.resume, overwrite=config.overwrite), config=lasting(config),
@@ -302,26 +248,24 @@ def step_program(config: Config, mesh: Mesh, accumulate: int) -> tuple[Step, tup
     return learning.step, (abstract_state(learning.init, learning.tx, mesh, RULES), batch)
 
 
+def work(config: Config, ledger: Ledger) -> None:
+    """One run, or the plan of one."""
+    if not config.plan:
+        launch(config.distributed, partial(prepare, config), ledger)
+        return
+    if config.resume or config.overwrite:
+        raise ValueError("--plan writes nothing: leave out --resume and --overwrite")
+    if config.init and Path(config.init).exists():  # else of the model that the preset names
+        config, _ = open_model(config)
+    tokens = config.pipeline.batch_size * config.pipeline.seq_len
+    counted = Work(tokens=tokens, model_flops=tokens * flops_per_token(config.model, config.pipeline.seq_len))
+    plan_report(partial(step_program, config), parse_topology(config.plan), config.mesh, config.accumulate, counted,
+                print)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    ledger = Ledger()
-    config = flags.parse(PRESETS, argv, prog=PROG, description=__doc__)
-    try:
-        if config.plan:
-            if config.resume or config.overwrite:
-                raise ValueError("--plan writes nothing: leave out --resume and --overwrite")
-            if config.init and Path(config.init).exists():  # else of the model that the preset names
-                config, _ = open_init(config)
-            tokens = config.pipeline.batch_size * config.pipeline.seq_len
-            work = Work(tokens=tokens, model_flops=tokens * flops_per_token(config.model, config.pipeline.seq_len))
-            plan_report(partial(step_program, config), parse_topology(config.plan), config.mesh, config.accumulate,
-                        work, print)
-            return
-        launch(config.distributed, partial(prepare, config), ledger)
-    except (ValueError, OSError, NonFiniteError) as error:
-        flags.fail(error, PROG)
-    finally:
-        ledger.close()
+    run_training(work, PRESETS, argv, prog=PROG, description=__doc__)
 
 
 if __name__ == "__main__":

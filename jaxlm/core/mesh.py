@@ -182,6 +182,12 @@ def put_whole(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, batch)
 
 
+def place_leaf(path: str, leaf: np.ndarray, *, mesh: Mesh, rules: Rules) -> jax.Array:
+    """One host array, the same in every process, on the devices that its rule names."""
+    sharding = NamedSharding(mesh, match_rule(path, leaf.shape, rules, mesh))
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+
 def constrain(x: jax.Array, spec: P) -> jax.Array:
     """`with_sharding_constraint` under the mesh of the context (`jax.set_mesh`); identity without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -37,14 +37,14 @@ class SampleChats(Sequence):
         rng = random.Random(f"chat {self._seed} {self._language} {self._split} {i}")
         language = rng.choice(("ko", "en")) if self._language == "both" else self._language
         messages = []
-        for fact in rng.sample(_asked(self._split == "held_out"), rng.randint(1, MAX_QUESTIONS)):
+        for fact in rng.sample(asked_facts(self._split == "held_out"), rng.randint(1, MAX_QUESTIONS)):
             asked, answer = question(fact, language)
             messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
         return Document(json.dumps({"messages": messages}, ensure_ascii=False), language, f"sample:{i + 1}")
 
 
 @functools.cache
-def _asked(held_out: bool) -> tuple[Fact, ...]:
+def asked_facts(held_out: bool) -> tuple[Fact, ...]:
     """Facts of these kinds whose question has one answer; a country may have several languages."""
     answers = Counter((fact.kind, fact.entity) for fact in (*facts(True), *facts(False)))
     return tuple(fact for fact in facts(held_out) if fact.kind in KINDS and answers[fact.kind, fact.entity] == 1)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxlm.core.mesh import tree_shardings
+from jaxlm.core.mesh import place_leaf, tree_shardings
 from jaxlm.core.rng import derive
 from jaxlm.core.tree import select
 from jaxlm.model import lora
@@ -20,7 +20,7 @@ from jaxlm.model.lora import LoraConfig
 from jaxlm.model.partition import LORA_RULES, PARAM_RULES
 from jaxlm.rl.update import VALUE, VALUE_RULE, model_part
 from jaxlm.train.pretrained import Pretrained, load_weights
-from jaxlm.train.state import TrainState, abstract_state, place_leaf
+from jaxlm.train.state import TrainState, abstract_state
 from jaxlm.train.step import Trainable
 
 RULES = (VALUE_RULE, *PARAM_RULES, *LORA_RULES)  # in this order: head/kernel is also the end of the value head's path

@@ -24,14 +24,14 @@ from jax.sharding import Mesh
 from jaxlm.core.batch import LMBatch
 from jaxlm.core.masked import Mean, aggregate
 from jaxlm.core.matmul import matmul
-from jaxlm.core.mesh import Rules, put_whole
+from jaxlm.core.mesh import Rules, place_leaf, put_whole
 from jaxlm.model.decoder import Model
 from jaxlm.objective.chunks import map_chunks
 from jaxlm.objective.distill import DistillConfig, chunked_divergence, divergence
 from jaxlm.objective.distill_topk import chunked_top_k, chunked_topk_divergence
 from jaxlm.objective.lm import chunked_cross_entropy, cross_entropy
 from jaxlm.train.pretrained import Pretrained, load_weights
-from jaxlm.train.state import TrainState, place_leaf
+from jaxlm.train.state import TrainState
 from jaxlm.train.step import Loss, Metrics, make_step
 
 TEACHER = "teacher"  # its place beside the student's parameters, within a step only

@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,13 +35,14 @@ from jaxlm.objective.lm import chunked_cross_entropy
 from jaxlm.train.checkpoint import CheckpointConfig, Checkpointer
 from jaxlm.train.curves import plot_curves
 from jaxlm.train.folder import check_shared, clear_folder
-from jaxlm.train.loop import STOPPED, LoopConfig, fit
+from jaxlm.train.loop import STOPPED, LoopConfig, NonFiniteError, fit
 from jaxlm.train.measure import Ledger, peak_flops
 from jaxlm.train.state import TrainState, abstract_state, init_state, state_of
 from jaxlm.train.step import Loss, Step, Trainable, check_batch
 
 Mode = Literal["new", "resume", "overwrite"]
 
+C = TypeVar("C")  # a configuration of a recipe
 R = TypeVar("R")  # a run of any kind, with a `folder`
 
 log = logging.getLogger(__name__)
@@ -186,6 +187,27 @@ def train(run: Run, ledger: Ledger) -> bool:
         plot_curves(run.folder / "metrics.jsonl", run.folder / "curves.png")
     log.info("run folder: %s", run.folder)
     return finished
+
+
+def run_training(
+    work: Callable[[C, Ledger], None], presets: Mapping[str, C], argv: Sequence[str] | None, *, prog: str,
+    description: str, phases: Sequence[str] = (),
+) -> None:
+    """`work` with the configuration that a command line asks for, and a ledger of the process's time.
+
+    Errors of the user, and numbers that are not finite for too long, end the process as `config.fail` says.
+
+    Args:
+      phases: of the ledger, beside those that every run has.
+    """
+    ledger = Ledger(*phases)
+    config = flags.parse(presets, argv, prog=prog, description=description)
+    try:
+        work(config, ledger)
+    except (ValueError, OSError, NonFiniteError) as error:
+        flags.fail(error, prog)
+    finally:
+        ledger.close()
 
 
 def launch(config: DistributedConfig, prepare: Callable[[], Run], ledger: Ledger) -> None:

@@ -5,11 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from jaxlm.core.mesh import Rules, match_rule, tree_shardings
+from jaxlm.core.mesh import Rules, tree_shardings
 
 
 class TrainState(NamedTuple):
@@ -39,17 +38,11 @@ def init_state(
 
 
 def state_of(params: Any, tx: optax.GradientTransformation, mesh: Mesh, rules: Rules) -> TrainState:
-    """A new state around given parameters, which lie where `place_leaf` put them."""
+    """A new state around given parameters, which lie where `core.mesh.place_leaf` put them."""
     new = lambda params: TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
     shardings = tree_shardings(jax.eval_shape(new, params), rules, mesh)
     with jax.set_mesh(mesh):
         return jax.jit(new, out_shardings=shardings, donate_argnums=0)(params)
-
-
-def place_leaf(path: str, leaf: np.ndarray, *, mesh: Mesh, rules: Rules) -> jax.Array:
-    """One host array, the same in every process, on the devices that its rule names."""
-    sharding = NamedSharding(mesh, match_rule(path, leaf.shape, rules, mesh))
-    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
 
 def _new_state(init: Callable[[jax.Array], Any], tx: optax.GradientTransformation, key: jax.Array) -> TrainState:

@@ -1,0 +1,86 @@
+"""What recipes that tune chat models share: the model to start from, its language, its weights with adapters."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxlm.core.mesh import place_leaf, tree_shardings
+from jaxlm.core.rng import derive
+from jaxlm.data.chat_examples import check_symbols, train_chat_tokenizer, with_bos
+from jaxlm.data.chat_template import TEMPLATES, ChatTemplate, named_template
+from jaxlm.data.sources import Source
+from jaxlm.data.tokenizer import Tokenizer, load_tokenizer
+from jaxlm.data.tokenizer_training import TokenizerConfig
+from jaxlm.model import lora
+from jaxlm.model.config import ModelConfig
+from jaxlm.model.lora import LoraConfig
+from jaxlm.model.partition import LORA_RULES, PARAM_RULES
+from jaxlm.train.pretrained import Pretrained, load_weights, open_pretrained
+
+RULES = (*PARAM_RULES, *LORA_RULES)
+TOKENIZER_DOCUMENTS = 50_000  # that a tokenizer is trained on, unless its configuration says how many
+
+
+class Language(NamedTuple):
+    """The language side of a run."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+
+    def files(self) -> dict[str, bytes]:
+        """Of both, as checkpoints keep them."""
+        return self.tokenizer.files() | self.template.files()
+
+
+def open_init(init: str, model: ModelConfig, tokenizer: TokenizerConfig, presets: Iterable[ModelConfig]) -> Pretrained:
+    """What `init` names, without its weights; ValueError for flags that say otherwise.
+
+    Args:
+      model, tokenizer: of the configuration. presets: models that a configuration has without being asked for.
+    """
+    opened = open_pretrained(Path(init))
+    if model not in (opened.config, *presets):
+        raise ValueError("--init brings its own model configuration; leave out the --model flags")
+    if opened.tokenizer is None and tokenizer.path == "train":
+        raise ValueError(f"--init {init} has no tokenizer: name that of its weights with --tokenizer.path")
+    if opened.tokenizer is not None and tokenizer != TokenizerConfig():
+        raise ValueError("--init brings its own tokenizer; leave out the --tokenizer flags")
+    return opened
+
+
+def open_language(opened: Pretrained | None, template: str, config: TokenizerConfig, vocab_size: int,
+                  conversations: Iterable[Mapping[str, Any]]) -> Language:
+    """The tokenizer and template of `init`, or those that flags name, or a tokenizer trained on the conversations."""
+    chat = named_template(template) or (opened and opened.chat) or ChatTemplate(TEMPLATES["chatml"])
+    if opened is not None and opened.tokenizer is not None:
+        tokenizer = opened.tokenizer
+    elif config.path != "train":
+        tokenizer = load_tokenizer(config.path)
+    else:
+        tokenizer = train_chat_tokenizer(conversations, chat, vocab_size, symbols=config.symbols or ())
+    check_symbols(chat, tokenizer)
+    # Hugging Face models begin as their template says; every text of our own runs begins with BOS.
+    ours = opened is None or opened.start or opened.chat is None
+    return Language(tokenizer, with_bos(chat, tokenizer) if ours else chat)
+
+
+def spread_rows(sources: Sequence[Source], count: int | None) -> Iterator[dict[str, Any]]:
+    """About so many rows (default `TOKENIZER_DOCUMENTS`), evenly from the sources, for `open_language`."""
+    share = -(-(count or TOKENIZER_DOCUMENTS) // len(sources))
+    documents = (source[i] for source in sources for i in range(0, len(source), -(-len(source) // share)))
+    return (json.loads(one.text) for one in documents if one)
+
+
+def starting_params(init: str, opened: Pretrained, config: LoraConfig, seed: int, mesh: Mesh) -> Any:
+    """The weights of `init` on the mesh, with adapters that change nothing yet."""
+    put = lambda path, leaf: place_leaf(path, np.asarray(leaf), mesh=mesh, rules=RULES)
+    params = load_weights(Path(init), opened, put=put).params
+    adapted = lambda params: lora.init(derive(seed, "lora"), params, config)
+    shardings = tree_shardings(jax.eval_shape(adapted, params), RULES, mesh)
+    with jax.set_mesh(mesh):
+        return jax.jit(adapted, out_shardings=shardings, donate_argnums=0)(params)
