@@ -2,11 +2,14 @@
 
     python -m recipes.evaluate_retrieval --data scifact --models all-MiniLM-L6-v2 runs/retriever/exported
     python -m recipes.evaluate_retrieval --data "timeqa?split=dev" --models base merged --group relation --output out
+    python -m recipes.evaluate_retrieval --mteb SciFact STSBenchmark --models runs/retriever/exported --output out
 
 A model is a folder of sentence-transformers, or with `--pooling` one of transformers; `bm25` ranks by words (needs
-`jaxlm[rl]`); a TREC run file is measured as it is. Search is exact. Measures have trec_eval's semantics; every model is
-compared with the first by a paired permutation test, corrected for their number (Holm). `--output` keeps the runs as
-TREC files and the numbers as JSON. Minutes for 10,000 passages on a laptop CPU with MiniLM.
+`jaxlm[rl]`); a TREC run file is measured as it is. Search is exact, or with `--index.kind` that of FAISS. Measures have
+trec_eval's semantics; every model is compared with the first by a paired permutation test, corrected for their number
+(Holm). `--output` keeps the runs as TREC files and the numbers as JSON. With `--mteb` the package mteb (`jaxlm[mteb]`)
+loads its tasks, from the network the first time, and measures; `--output` keeps its files, and what is there is not run
+again. Minutes for 10,000 passages on a laptop CPU with MiniLM.
 """
 
 import json
@@ -21,17 +24,17 @@ from jaxlm.core.command import run_command
 from jaxlm.core.files import replacing
 from jaxlm.core.mesh import MeshConfig, make_mesh
 from jaxlm.data.beir import BeirSet, read_beir, split_of
+from jaxlm.eval.mteb_model import mteb_model, mteb_scores, mteb_tasks
 from jaxlm.eval.ranking import BEIR, RankingResult, Run, evaluate_run, group_means, means, read_run, write_run
 from jaxlm.eval.stats import bootstrap_interval, holm, paired_test
-from jaxlm.model.partition import ENCODER_RULES
 from jaxlm.retrieval.bm25 import bm25_index, bm25_search
 from jaxlm.retrieval.embed import Pooling
-from jaxlm.retrieval.folder import load_text_encoder
+from jaxlm.retrieval.faiss_index import IndexConfig, open_index
 from jaxlm.retrieval.index import as_run
-from jaxlm.retrieval.rank import rank
-from jaxlm.train.state import place_leaf
+from jaxlm.retrieval.retriever import open_retriever, passage_blocks, query_vectors
 
 PROG = "recipes.evaluate_retrieval"
+OURS = ("data", "measures", "depth", "group", "ignore_identical_ids", "index")  # what mteb decides itself
 log = logging.getLogger(PROG)
 
 
@@ -40,13 +43,16 @@ class Config:
     """What is measured on what."""
 
     data: str = ""                       # a BEIR folder, `folder?split=dev`; the split test unless another is named
+    mteb: tuple[str, ...] = ()           # names of tasks of mteb, instead of data
     models: tuple[str, ...] = ()         # the first is what the others are compared with
+    query_model: str = ""                # another folder that encodes the queries for the models, of two towers
     pooling: Pooling | None = None       # of folders without modules.json
     measures: tuple[str, ...] = BEIR
     depth: int = 100                     # documents of each query that are kept
     group: str = ""                      # a field of queries.jsonl: measures for each of its values
     ignore_identical_ids: bool = False   # a document with the query's id is no result, as BEIR has it for ArguAna
     batch_tokens: int = 8192             # tokens that are encoded at once
+    index: IndexConfig = field(default_factory=IndexConfig)
     output: Path | None = None           # a folder for runs and numbers
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
@@ -55,6 +61,27 @@ class Config:
             raise ValueError("--depth and --batch-tokens must be at least 1")
         if len(set(self.models)) < len(self.models):
             raise ValueError("--models names a model twice")
+
+
+def is_encoder(name: str) -> bool:
+    """Whether a model is the folder of one."""
+    return name != "bm25" and not Path(name).is_file()
+
+
+def check(config: Config) -> None:
+    """ValueError for models that are missing or of the wrong kind for the settings."""
+    if not (config.data or config.mteb) or not config.models:
+        raise ValueError("--data names a BEIR folder or --mteb tasks, and --models what is measured on them")
+    encoders = [name for name in config.models if is_encoder(name)]
+    given = [name for name in OURS if getattr(config, name) != getattr(Config(), name)]
+    if config.mteb and given:
+        raise ValueError(f"--{given[0].replace('_', '-')} has no effect on tasks of mteb; leave it out")
+    if config.mteb and len(encoders) < len(config.models):
+        raise ValueError("tasks of mteb are encoded: --models may name folders of models only")
+    if not encoders and (config.query_model or config.index != IndexConfig()):
+        raise ValueError("--query-model and --index have no effect on bm25 and run files")
+    if config.index.file and len(encoders) > 1:
+        raise ValueError("--index.file keeps the index of one model; name one, or leave it out")
 
 
 def run_of(config: Config, name: str, data: BeirSet) -> Run:
@@ -66,10 +93,12 @@ def run_of(config: Config, name: str, data: BeirSet) -> Run:
         hits = bm25_search(bm25_index(list(data.corpus.values())), list(data.queries.values()), config.depth, ids=ids)
         return as_run(hits, list(data.queries), ids)
     mesh = make_mesh(config.mesh)
-    encoder, params = load_text_encoder(
-        name, pooling=config.pooling, put=lambda path, leaf: place_leaf(path, leaf, mesh=mesh, rules=ENCODER_RULES))
+    retriever = open_retriever(name, mesh, query_folder=config.query_model, pooling=config.pooling)
     with jax.set_mesh(mesh):
-        return rank(encoder, params, data, config.depth, batch_tokens=config.batch_tokens)
+        blocks = passage_blocks(retriever, list(data.corpus.values()), batch_tokens=config.batch_tokens)
+        search = open_index(config.index, blocks, similarity=retriever.similarity, ids=list(data.corpus))
+        queries = query_vectors(retriever, list(data.queries.values()), batch_tokens=config.batch_tokens)
+        return as_run(search(queries, config.depth), list(data.queries), list(data.corpus))
 
 
 def groups_of(config: Config, data: BeirSet) -> dict[str, str]:
@@ -113,10 +142,34 @@ def report(config: Config, results: dict[str, RankingResult], groups: dict[str, 
     return numbers
 
 
+def evaluate_on_mteb(config: Config) -> None:
+    """The main score of every model in every task, by mteb."""
+    mesh, scores = make_mesh(config.mesh), {}
+    tasks = mteb_tasks(config.mteb)
+    for name in config.models:
+        retriever = open_retriever(name, mesh, query_folder=config.query_model, pooling=config.pooling)
+        model = mteb_model(retriever, Path(name).resolve().name, batch_tokens=config.batch_tokens)
+        with jax.set_mesh(mesh):
+            scores[name] = mteb_scores(model, tasks, config.output and config.output / "mteb")
+    names = list(next(iter(scores.values())))
+    print("| model | " + " | ".join(names) + " |\n| --- |" + " --- |" * len(names))
+    for name, own in scores.items():
+        print(f"| {name} | " + " | ".join(f"{own[task]:.5f}" for task in names) + " |")
+    if config.output:
+        keep(config.output / "mteb.json", scores)
+
+
+def keep(path: Path, numbers: dict) -> None:
+    """Numbers as JSON."""
+    with replacing(path) as scratch:
+        scratch.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+
+
 def evaluate(config: Config) -> None:
     """Ranks, measures, compares, keeps."""
-    if not config.data or not config.models:
-        raise ValueError("--data names a BEIR folder, and --models what is measured on it")
+    check(config)
+    if config.mteb:
+        return evaluate_on_mteb(config)
     data = read_beir(*split_of(config.data, "test"))
     groups = groups_of(config, data) if config.group else {}
     results, runs = {}, {}
@@ -130,8 +183,7 @@ def evaluate(config: Config) -> None:
         config.output.mkdir(parents=True, exist_ok=True)
         for number, (name, run) in enumerate(runs.items()):
             write_run(config.output / f"{number}_{Path(name).name}.trec", run, Path(name).name.replace(" ", "_"))
-        with replacing(config.output / "measures.json") as scratch:
-            scratch.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        keep(config.output / "measures.json", numbers)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

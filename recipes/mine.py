@@ -3,17 +3,22 @@
     python -m recipes.mine --model all-MiniLM-L6-v2 --data "scifact?split=train" --output rows.jsonl
     python -m recipes.mine --model base --data triples.jsonl --output mined.jsonl --mine.num-negatives 5 \\
       --mine.relative-margin 0.05 --mine.range-max 50
+    python -m recipes.mine --source bm25 --data triples.jsonl --output mined.jsonl
 
 The data are a folder of BEIR, whose corpus is searched, or a JSONL file of rows, where all passages of all rows are the
-corpus. Filters: ranks, scores, margins below the positive (NV-Retriever's 95 %: `--mine.relative-margin 0.05`), copies
-of a positive; what each left out is counted. `recipes.train_retriever` reads the result. Minutes for 10,000 passages.
+corpus. Candidates come from `--model`, from BM25 (`jaxlm[rl]`), or from both in turn (`--source mixed`). A model, where
+one is named, scores them all, those of BM25 too; BM25 alone filters by its own scores. Filters: ranks, scores, margins
+below the positive (NV-Retriever's 95 %: `--mine.relative-margin 0.05`; they need a model), copies of a positive,
+passages with an answer (`--answers`); what each left out is counted. `recipes.train_retriever` reads the result.
+Minutes for 10,000 passages with a model, seconds with BM25.
 """
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
@@ -22,14 +27,13 @@ from jaxlm.core.command import run_command
 from jaxlm.core.files import replacing
 from jaxlm.core.mesh import MeshConfig, make_mesh
 from jaxlm.data.beir import beir_rows, read_beir, split_of
-from jaxlm.data.retrieval_rows import Passage, RetrievalRow, read_retrieval_rows
-from jaxlm.model.partition import ENCODER_RULES
-from jaxlm.retrieval.embed import Pooling, embed_texts
-from jaxlm.retrieval.folder import load_text_encoder
-from jaxlm.retrieval.index import search
-from jaxlm.retrieval.mine import MineConfig, Mined, mine, score_rows
-from jaxlm.retrieval.rank import corpus_blocks
-from jaxlm.train.state import place_leaf
+from jaxlm.data.retrieval_rows import QUERY, Passage, RetrievalRow, json_lines, read_retrieval_rows
+from jaxlm.retrieval.bm25 import bm25_index, bm25_search
+from jaxlm.retrieval.embed import Pooling
+from jaxlm.retrieval.faiss_index import IndexConfig, open_index
+from jaxlm.retrieval.index import Hits
+from jaxlm.retrieval.mine import MineConfig, Mined, interleaved, mine, score_rows, scored
+from jaxlm.retrieval.retriever import open_retriever, passage_blocks, query_vectors
 
 PROG = "recipes.mine"
 log = logging.getLogger(PROG)
@@ -40,15 +44,34 @@ class Config:
     """What is searched for what."""
 
     model: str = ""                   # a folder of sentence-transformers or transformers
+    query_model: str = ""             # another one that encodes the queries, of two towers
+    source: Literal["dense", "bm25", "mixed"] = "dense"  # who finds the candidates
     data: str = ""                    # a BEIR folder, `folder?split=train`, or a JSONL file of rows
+    answers: str = ""                 # a field of the queries (or rows) with strings that no negative may contain
     output: Path = Path("mined.jsonl")
     mine: MineConfig = field(default_factory=MineConfig)
     depth: int = 100                  # ranks that are looked at
     vectors: Path | None = None       # a folder that keeps the vectors of the corpus
     pooling: Pooling | None = None    # of a folder without modules.json
     batch_tokens: int = 8192
+    index: IndexConfig = field(default_factory=IndexConfig)
     overwrite: bool = False           # replace `output`
     mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        if min(self.depth, self.batch_tokens) < 1:
+            raise ValueError("--depth and --batch-tokens must be at least 1")
+        if self.source == "bm25" and self.index != IndexConfig():
+            raise ValueError("--index has no effect with --source bm25")
+        if self.source != "bm25" or self.model:
+            return
+        for name in ("query_model", "vectors", "pooling"):
+            if getattr(self, name):
+                raise ValueError(f"--{name.replace('_', '-')} has no effect with --source bm25 and no --model")
+        for name in ("absolute_margin", "relative_margin"):
+            if getattr(self.mine, name) is not None:
+                raise ValueError(f"--mine.{name.replace('_', '-')} compares scores with those of the positives, which "
+                                 "BM25 does not give: name a --model that scores them")
 
 
 def open_rows(spec: str) -> tuple[list[RetrievalRow], list[Passage]]:
@@ -72,39 +95,82 @@ def distinct(rows: Sequence[RetrievalRow]) -> list[RetrievalRow]:
     return [RetrievalRow(query, tuple(positives)) for query, positives in merged.items()]
 
 
-def found_negatives(config: Config, rows: Sequence[RetrievalRow], corpus: Sequence[Passage]) -> Mined:
+def answers_of(spec: str, name: str) -> dict[str, list[str]]:
+    """What a field of each query holds, a text or a list of them, by the text of the query."""
+    folder, split = split_of(spec, "train")
+    if Path(folder).is_dir():
+        data = read_beir(folder, split)
+        found = [(f"{folder}: query {one!r}", text, data.fields[one]) for one, text in data.queries.items()]
+    else:
+        found = [(f"{spec}:{number}", next((row[key] for key in QUERY if key in row), ""), row)
+                 for number, row in json_lines(Path(spec))]
+    answers: dict[str, list[str]] = {}
+    for where, query, fields in found:
+        value = fields.get(name)
+        value = [value] if isinstance(value, str) else value
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            raise ValueError(f"{where}: field {name!r} must be a text or a list of texts, got {fields.get(name)!r:.80}")
+        answers.setdefault(query, []).extend(value)
+    return answers
+
+
+def found_negatives(config: Config, rows: Sequence[RetrievalRow], corpus: Sequence[Passage],
+                    answers: dict[str, list[str]] | None = None) -> Mined:
     """Search and filters."""
-    mesh = make_mesh(config.mesh)
-    encoder, params = load_text_encoder(
-        config.model, pooling=config.pooling,
-        put=lambda path, leaf: place_leaf(path, leaf, mesh=mesh, rules=ENCODER_RULES))
     place = {one.id: i for i, one in enumerate(corpus)}
     positives = [[place[one.id] for one in row.positives] for row in rows]
-    texts = [row.query for row in rows]
+    queries, texts = [row.query for row in rows], [one.text for one in corpus]
+    by_words = bm25_search(bm25_index(texts), queries, config.depth) if config.source != "dense" else None
+    if config.model:
+        hits, scores = dense_hits(config, queries, texts, by_words and by_words.rows, positives)
+    else:
+        hits, scores = by_words, None
+    return mine(hits, queries, positives, texts.__getitem__, config.mine, positive_scores=scores,
+                answers=answers and [answers[query] for query in queries])
+
+
+def dense_hits(config: Config, queries: Sequence[str], texts: Sequence[str], by_words: np.ndarray | None,
+               positives: Sequence[Sequence[int]]) -> tuple[Hits, list[list[float]]]:
+    """The candidates of the source as the model scores them, and the scores of the positives."""
+    mesh = make_mesh(config.mesh)
+    retriever = open_retriever(config.model, mesh, query_folder=config.query_model, pooling=config.pooling)
+    similarity = retriever.similarity
     with jax.set_mesh(mesh):
-        blocks = corpus_blocks(encoder, params, [one.text for one in corpus], config.vectors,
-                               batch_tokens=config.batch_tokens)
-        queries = embed_texts(encoder, params, texts, "query", batch_tokens=config.batch_tokens)
-        hits = search(queries, blocks, config.depth, similarity=encoder.similarity)
+        blocks = passage_blocks(retriever, texts, config.vectors, batch_tokens=config.batch_tokens)
+        asked = query_vectors(retriever, queries, batch_tokens=config.batch_tokens)
+        found = None if config.source == "bm25" else open_index(config.index, blocks, similarity=similarity)(
+            asked, config.depth)
+    vectors = reader(blocks)
+    if by_words is not None:
+        rows = by_words
+        if found is not None:
+            rows = interleaved(found.rows, by_words[:, :found.rows.shape[1]])[:, :config.depth]
+        found = scored(rows, asked, vectors, similarity=similarity)
+    return found, score_rows(asked, vectors, positives, similarity=similarity)
+
+
+def reader(blocks: Sequence[np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    """Rows [n] of a corpus in blocks to their vectors [n, D]."""
     starts = np.cumsum([0, *map(len, blocks)])
 
-    def vectors(chosen: np.ndarray) -> np.ndarray:
-        block = np.searchsorted(starts, chosen, side="right") - 1
-        return np.stack([blocks[b][row - starts[b]] for b, row in zip(block, chosen, strict=True)])
+    def read(rows: np.ndarray) -> np.ndarray:
+        found = np.empty((len(rows), blocks[0].shape[1]), blocks[0].dtype)
+        for i, (block, row) in enumerate(zip(np.searchsorted(starts, rows, side="right") - 1, rows, strict=True)):
+            found[i] = blocks[block][row - starts[block]]
+        return found
 
-    scores = score_rows(queries, vectors, positives, similarity=encoder.similarity)
-    return mine(hits, texts, positives, lambda row: corpus[row].text, config.mine, positive_scores=scores)
+    return read
 
 
 def run(config: Config) -> None:
     """Reads, mines, writes; rows without any negative are left out and counted."""
-    if not config.model or not config.data:
+    if not config.data or (not config.model and config.source != "bm25"):
         raise ValueError("--model names a folder of sentence-transformers or transformers, and --data the rows")
     if config.output.exists() and not config.overwrite:
         raise ValueError(f"{config.output} exists; --overwrite replaces it")
     rows, corpus = open_rows(config.data)
     rows = distinct(rows)
-    mined = found_negatives(config, rows, corpus)
+    mined = found_negatives(config, rows, corpus, answers_of(config.data, config.answers) if config.answers else None)
     kept = [(row, own) for row, own in zip(rows, mined.rows, strict=True) if own]
     if not kept:
         raise ValueError("no query has a negative left; filter less, or search deeper with --depth")

@@ -2,10 +2,13 @@
 
     python -m recipes.search --model all-MiniLM-L6-v2 --corpus corpus.jsonl --vectors vectors --query "who wrote Emma"
     python -m recipes.search --model runs/retriever/exported --corpus scifact --vectors vectors     # asks until the end
+    python -m recipes.search --model passages --query-model queries --corpus big.jsonl --vectors vectors \\
+      --index.kind faiss_hnsw --index.file big.index
 
 The corpus is a JSONL file of `{"_id", "title"?, "text"}`, plain or compressed, or a folder of BEIR. `--vectors` keeps
 its vectors: an interrupted run goes on, the next one only reads them (memory-mapped), and vectors of another model or
-corpus are refused. Exact search; about a minute for 10,000 passages with MiniLM on a laptop CPU the first time.
+corpus are refused. Search is exact, or with `--index.kind` that of FAISS (`jaxlm[faiss]`), whose index `--index.file`
+keeps. About a minute for 10,000 passages with MiniLM on a laptop CPU the first time.
 """
 
 import sys
@@ -18,12 +21,10 @@ import jax
 from jaxlm.core.command import run_command
 from jaxlm.core.mesh import MeshConfig, make_mesh
 from jaxlm.data.beir import read_corpus
-from jaxlm.model.partition import ENCODER_RULES
-from jaxlm.retrieval.embed import Pooling, embed_texts
-from jaxlm.retrieval.folder import load_text_encoder
-from jaxlm.retrieval.index import search
-from jaxlm.retrieval.rank import corpus_blocks
-from jaxlm.train.state import place_leaf
+from jaxlm.retrieval.embed import Pooling
+from jaxlm.retrieval.faiss_index import IndexConfig, open_index
+from jaxlm.retrieval.index import NO_ROW
+from jaxlm.retrieval.retriever import open_retriever, passage_blocks, query_vectors
 
 PROG = "recipes.search"
 
@@ -33,6 +34,7 @@ class Config:
     """Where to look, with what."""
 
     model: str = ""                   # a folder of sentence-transformers or transformers
+    query_model: str = ""             # another one that encodes the queries, of two towers
     corpus: Path = Path("corpus.jsonl")
     vectors: Path | None = None       # a folder for the vectors of the corpus
     query: tuple[str, ...] = ()       # none: asked for on the terminal, a line each
@@ -40,6 +42,7 @@ class Config:
     chars: int = 300                  # of a passage that are shown
     pooling: Pooling | None = None    # of a folder without modules.json
     batch_tokens: int = 8192
+    index: IndexConfig = field(default_factory=IndexConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
@@ -69,16 +72,15 @@ def ask(config: Config) -> None:
     corpus = read_corpus(config.corpus)
     ids, texts = list(corpus), list(corpus.values())
     mesh = make_mesh(config.mesh)
-    encoder, params = load_text_encoder(
-        config.model, pooling=config.pooling,
-        put=lambda path, leaf: place_leaf(path, leaf, mesh=mesh, rules=ENCODER_RULES))
+    retriever = open_retriever(config.model, mesh, query_folder=config.query_model, pooling=config.pooling)
     with jax.set_mesh(mesh):
-        blocks = corpus_blocks(encoder, params, texts, config.vectors, batch_tokens=config.batch_tokens)
+        blocks = passage_blocks(retriever, texts, config.vectors, batch_tokens=config.batch_tokens)
+        search = open_index(config.index, blocks, similarity=retriever.similarity, ids=ids)
         for query in questions(config):
-            vector = embed_texts(encoder, params, [query], "query")
-            hits = search(vector, blocks, config.k, similarity=encoder.similarity, ids=ids)
+            hits = search(query_vectors(retriever, [query]), config.k)
             print(f"# {query}")
-            for rank, (row, score) in enumerate(zip(hits.rows[0], hits.scores[0], strict=True), 1):
+            found = hits.rows[0] != NO_ROW  # an approximate index may find fewer
+            for rank, (row, score) in enumerate(zip(hits.rows[0][found], hits.scores[0][found], strict=True), 1):
                 text = " ".join(texts[row].split())
                 cut = text if len(text) <= config.chars else text[:config.chars] + " ..."
                 print(f"{rank}. {score:.4f}  {ids[row]}  {cut}")

@@ -1,58 +1,75 @@
-"""Train a dense retriever on rows of queries, positives and negatives; any mesh, batches larger than memory.
+"""Train a retriever on rows of queries, positives and negatives; any mesh, batches larger than memory.
 
     python -m recipes.train_retriever --init MODEL --data.train triples.jsonl --data.dev scifact --batch.num-negatives 5
     python -m recipes.train_retriever --preset tsm --init contriever --data.train in.jsonl --folder runs/in
+    python -m recipes.train_retriever --preset splade --init bert-base-uncased --data.train triples.jsonl
     python -m recipes.train_retriever --config runs/retriever/config.json --resume
 
 MODEL is a folder of sentence-transformers, or with `--pooling` one of transformers (BERT, MiniLM, Contriever, E5, BGE,
 XLM-R, a decoder). Every query of a batch is compared with the passages of all of them, over all devices, but not with
-passages that answer it too; `--chunks 8` encodes the batch in 8 parts (GradCache), with the same gradients. What is
-learnt lies in `runs/retriever/exported`, which SentenceTransformer opens; `recipes.merge` merges such folders. Dev sets
-are BEIR folders: nDCG@10, MRR@10 and recall@100 at every evaluation. Accumulation is left out: it would not enlarge the
-set of negatives, `--chunks` does.
+passages that answer it too; `--chunks 8` encodes the batch in 8 parts (GradCache), with the same gradients.
+
+- `--query-init MODEL`: a second tower for queries, with weights of its own.
+- `--vectors sparse | late`: SPLADE with its FLOPS regulariser (`--sparse`), or a vector for each token and MaxSim.
+- `--loss.kind margin_mse | kl`: learns a teacher's `pos_scores` and `neg_scores`; `--loss.add-contrastive 1` adds both.
+- `--nested.dims 384 128 32`: prefixes of the vectors that serve alone (Matryoshka); dev sets are measured by each.
+- `--guide.model MODEL`: excludes passages that a guide scores above the positive (GISTEmbed).
+- `--lora.rank 16`: learns adapters only.
+
+What is learnt lies in `runs/retriever/exported` (two towers: `exported/query` and `exported/passage`), which
+sentence-transformers opens; `recipes.merge` merges such folders. Dev sets are BEIR folders: nDCG@10, MRR@10 and
+recall@100 at every evaluation. Left out: accumulation, which would not enlarge the set of negatives as `--chunks` does;
+the projection, markers and query expansion of ColBERT.
 """
 
-import dataclasses
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
+import tyro
+from jax.sharding import Mesh
 
 from jaxlm.core import config as flags
-from jaxlm.core.distributed import DistributedConfig, is_primary
-from jaxlm.core.mesh import MeshConfig, data_shard, make_mesh
+from jaxlm.core.distributed import DistributedConfig, is_primary, together
+from jaxlm.core.mesh import MeshConfig, data_shard, make_mesh, place_leaf, tree_shardings
+from jaxlm.core.rng import derive
 from jaxlm.core.tree import count_parameters
-from jaxlm.data.beir import BeirSet, beir_rows, read_beir, split_of
+from jaxlm.data.beir import BeirSet, read_beir, split_of
 from jaxlm.data.retrieval_batches import RetrievalBatchConfig
-from jaxlm.data.retrieval_rows import read_retrieval_rows
 from jaxlm.eval.ranking import evaluate_run, means
+from jaxlm.model import lora
 from jaxlm.model.config import ComputeConfig
-from jaxlm.model.hf import Put
-from jaxlm.model.partition import ENCODER_RULES
-from jaxlm.objective.contrastive import ContrastiveConfig
+from jaxlm.model.lora import LoraConfig
+from jaxlm.model.partition import ENCODER_RULES, LORA_RULES
 from jaxlm.optim.optimizer import OptimConfig, make_optimizer
 from jaxlm.optim.schedule import ScheduleConfig, make_schedule
-from jaxlm.retrieval.embed import Pooling, TextEncoder
-from jaxlm.retrieval.folder import load_text_encoder, save_text_encoder
-from jaxlm.retrieval.learn import DataSet, EncodedBatches, make_retrieval_loss
-from jaxlm.retrieval.rank import rank
+from jaxlm.retrieval.folder import load_text_encoder
+from jaxlm.retrieval.learn import DataSet, EncodedBatches, Guide, GuidedConfig, make_guide, open_data_sets
+from jaxlm.retrieval.rank import rank_towers
+from jaxlm.retrieval.retriever_loss import (
+    FlopsConfig,
+    NestedConfig,
+    RetrievalLossConfig,
+    check_nested,
+    make_retrieval_loss,
+)
+from jaxlm.retrieval.towers import KINDS, Towers, TowersConfig, adapted, load_params, open_towers, save_towers
 from jaxlm.train.checkpoint import CheckpointConfig, saved_params
 from jaxlm.train.folder import check_folder, check_resumable
-from jaxlm.train.loop import LoopConfig, NonFiniteError
+from jaxlm.train.loop import LoopConfig
 from jaxlm.train.measure import Ledger
-from jaxlm.train.run import Learning, Run, launch, mode_of
-from jaxlm.train.state import abstract_state, place_leaf
-from jaxlm.train.step import make_step
+from jaxlm.train.run import Learning, Run, launch, mode_of, run_training
+from jaxlm.train.state import abstract_state
+from jaxlm.train.step import make_step, part_optimizer
 
 PROG = "recipes.train_retriever"
 MEASURES = ("ndcg@10", "mrr@10", "recall@100")
+RULES = (*ENCODER_RULES, *LORA_RULES)
 log = logging.getLogger(PROG)
 
 
@@ -68,13 +85,16 @@ class DataConfig:
 class Config:
     """One run."""
 
-    init: str = ""                       # the model to start from
-    pooling: Pooling | None = None       # of a folder without modules.json
-    max_length: int | None = None        # tokens of a text; None: what the folder says
+    # Their flags have no prefix: --init, --query-init, --vectors, --pooling, --max-length.
+    towers: Annotated[TowersConfig, tyro.conf.arg(name="")] = field(default_factory=TowersConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     data: DataConfig = field(default_factory=DataConfig)
     batch: RetrievalBatchConfig = field(default_factory=RetrievalBatchConfig)
-    loss: ContrastiveConfig = field(default_factory=ContrastiveConfig)
+    loss: RetrievalLossConfig = field(default_factory=RetrievalLossConfig)
+    nested: NestedConfig = field(default_factory=NestedConfig)
+    sparse: FlopsConfig = field(default_factory=FlopsConfig)
+    guide: GuidedConfig = field(default_factory=GuidedConfig)
     chunks: int = 1                      # parts of a batch that are encoded one after the other (GradCache)
     dropout: bool = True                 # that of the encoder
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -87,6 +107,13 @@ class Config:
     resume: bool = False
     overwrite: bool = False
 
+    def __post_init__(self) -> None:
+        if self.sparse != FlopsConfig() and self.towers.vectors != "sparse":
+            raise ValueError("--sparse regularises sparse vectors only: --vectors sparse")
+        if self.guide.model and not self.loss.contrastive:
+            raise ValueError(f"--guide.model has no effect on {self.loss.kind} alone: it excludes passages from the "
+                             "contrastive loss")
+
 
 _DEFAULT = Config(
     batch=RetrievalBatchConfig(batch_size=32),
@@ -98,12 +125,21 @@ PRESETS = {
     "default": _DEFAULT,
     # Specification of TSM, 5 and 6: raw dot products, temperature 1, 5 negatives, AdamW on all parameters, no clipping.
     "tsm": replace(
-        _DEFAULT, pooling="mean", max_length=256,
+        _DEFAULT, towers=TowersConfig(pooling="mean", max_length=256),
         batch=RetrievalBatchConfig(batch_size=16, num_negatives=5),
-        loss=ContrastiveConfig(similarity="dot", temperature=1.0),
+        loss=RetrievalLossConfig(similarity="dot", temperature=1.0),
         optim=OptimConfig(lr=1e-4, beta1=0.9, beta2=0.98, eps=1e-6, weight_decay=0.01, clip_norm=0.0,
                           schedule=ScheduleConfig(kind="linear", warmup=0.0)),
     ),
+    # Formal et al. 2021 (arXiv:2109.10086): products of weights, FLOPS that grow over the first steps.
+    "splade": replace(
+        _DEFAULT, towers=TowersConfig(vectors="sparse", max_length=256),
+        loss=RetrievalLossConfig(similarity="dot", temperature=1.0)),
+    # Khattab and Zaharia 2020 (arXiv:2004.12832), without their projection to 128 numbers.
+    "colbert": replace(
+        _DEFAULT, towers=TowersConfig(vectors="late", max_length=220),
+        loss=RetrievalLossConfig(similarity="cosine", temperature=1.0),
+        optim=replace(_DEFAULT.optim, lr=3e-6)),
 }
 
 
@@ -112,40 +148,65 @@ def lasting(config: Config) -> Config:
     return replace(config, resume=False, overwrite=False, distributed=DistributedConfig())
 
 
-def open_train(specs: Sequence[str]) -> list[DataSet]:
-    """The data sets; a folder is one of BEIR, of which the split train is taken unless another is named."""
-    if not specs:
-        raise ValueError("--data.train names the rows to learn from: JSONL files or BEIR folders")
-    found = []
-    for spec in specs:
-        folder, split = split_of(spec, "train")
-        rows = beir_rows(read_beir(folder, split)) if Path(folder).is_dir() else read_retrieval_rows(spec).rows
-        found.append(DataSet(spec, rows, hashlib.sha256(repr(rows).encode()).hexdigest()))
-        log.info("%s: %d rows", spec, len(rows))
-    return found
-
-
-def open_encoder(config: Config, put: Put | None = None) -> tuple[TextEncoder, Any]:
-    """The encoder of `init` and its parameters, placed by `put`."""
-    if not config.init:
-        raise ValueError("--init names the model to start from: a folder of sentence-transformers or transformers")
-    encoder, params = load_text_encoder(config.init, pooling=config.pooling, compute=config.compute, put=put)
-    if config.max_length:
-        encoder = dataclasses.replace(encoder, max_length=config.max_length)
-    return encoder, params
-
-
-def make_evaluation(encoder: TextEncoder, sets: dict[str, BeirSet]) -> Callable[[Any, int], tuple[dict, str]]:
-    """`params, step -> (measures by set, a line each)`: exact search over every corpus."""
+def make_evaluation(towers: Towers, sets: dict[str, BeirSet], nested: NestedConfig
+                    ) -> Callable[[Any, int], tuple[dict, str]]:
+    """`params, step -> (measures by set, a line each)`: exact search over every corpus, by prefixes too."""
     def evaluate(params: Any, step: int) -> tuple[dict[str, float], str]:
         values, lines = {}, []
+        dims = [dim for dim in nested.dims if dim < towers.passage.width]
         for name, data in sets.items():
-            found = means(evaluate_run(rank(encoder, params, data), data.qrels, MEASURES))
-            values |= {f"eval/{name}/{measure}": value for measure, value in found.items()}
-            lines.append(f"{name} at step {step}: " + "  ".join(f"{key} {value:.4f}" for key, value in found.items()))
+            for dim, run in rank_towers(towers, params, data, dims=dims, normalize=nested.normalize).items():
+                part = f"{name}/first_{dim}" if dim in dims else name
+                found = means(evaluate_run(run, data.qrels, MEASURES))
+                values |= {f"eval/{part}/{measure}": value for measure, value in found.items()}
+                lines.append(f"{part} at step {step}: " + "  ".join(f"{key} {x:.4f}" for key, x in found.items()))
         return values, "\n".join(lines)
 
     return evaluate
+
+
+def check(config: Config, towers: Towers, mesh: Mesh) -> None:
+    """ValueError for settings that do not fit together."""
+    if mesh.shape["context"] > 1:
+        raise ValueError("mesh.context splits texts over time, which training a retriever does not; use data or fsdp")
+    rows = mesh.shape["data"] * mesh.shape["fsdp"] * config.chunks
+    if config.chunks < 1 or config.batch.batch_size % rows:
+        raise ValueError(f"batch.batch_size {config.batch.batch_size} does not divide into {config.chunks} chunks on "
+                         f"the devices of the mesh; use a multiple of {max(rows, 1)}")
+    check_nested(config.nested, towers)
+
+
+def open_guide(config: GuidedConfig, sources: Sequence[DataSet]) -> Guide | None:
+    """The vectors of the guide. Each process encodes all texts by its own devices, so that none waits for another."""
+    if not config.model:
+        return None
+    own = make_mesh(MeshConfig(), jax.local_devices())
+    put = lambda path, leaf: place_leaf(path, np.asarray(leaf), mesh=own, rules=ENCODER_RULES)
+    with jax.set_mesh(own):
+        return make_guide(*load_text_encoder(config.model, put=put), sources)
+
+
+def learning_of(config: Config, towers: Towers, mesh: Mesh) -> Learning:
+    """The training step, and what it learns from where; a resumed run reads no weights but those of its checkpoint."""
+    adapt = partial(adapted, towers, config.lora, derive(config.seed, "lora"))
+    trainable = lora.is_adapter if config.lora.rank else None
+    tx = part_optimizer(make_optimizer(config.optim, config.loop.steps), trainable)
+    loss = make_retrieval_loss(
+        towers, config.loss, chunks=config.chunks, dropout=config.dropout, nested=config.nested,
+        regulariser=config.sparse if towers.vectors == "sparse" else None,
+        guide=config.guide if config.guide.model else None)
+    schedule = make_schedule(config.optim.schedule, config.optim.lr, config.loop.steps)
+    step = make_step(loss, tx, schedule, mesh=mesh, rules=RULES, seed=config.seed, trainable=trainable)
+    learning = Learning(init=lambda key: adapt(towers.init(key)), tx=tx, rules=RULES, step=step, trainable=trainable)
+    abstract_state(learning.init, tx, mesh, RULES)  # the mesh must divide every parameter
+    if config.resume:
+        return learning
+    params = load_params(config.towers, towers, lambda path, leaf: place_leaf(path, leaf, mesh=mesh, rules=RULES))
+    if config.lora.rank:
+        shardings = tree_shardings(jax.eval_shape(adapt, params), RULES, mesh)
+        with jax.set_mesh(mesh):
+            params = jax.jit(adapt, out_shardings=shardings, donate_argnums=0)(params)
+    return replace(learning, params=params)
 
 
 def prepare(config: Config) -> Run:
@@ -153,63 +214,51 @@ def prepare(config: Config) -> Run:
     check_folder(config.folder, resume=config.resume, overwrite=config.overwrite)
     if config.resume:
         check_resumable(flags.load_config(Config, config.folder / "config.json"), lasting(config), ignored=("folder",),
-                        fixed=("init", "pooling", "max_length", "data", "batch", "loss", "seed"))
+                        fixed=("towers", "lora", "data", "batch", "loss", "nested", "sparse", "guide", "seed"))
     mesh = make_mesh(config.mesh)
-    if mesh.shape["context"] > 1:
-        raise ValueError("mesh.context splits texts over time, which training a retriever does not; use data or fsdp")
     shard = data_shard(mesh)
-    encoder, params = open_encoder(
-        config, lambda path, leaf: place_leaf(path, np.asarray(leaf), mesh=mesh, rules=ENCODER_RULES))
-    sources = open_train(config.data.train)
-    batches = EncodedBatches(encoder, sources, config.batch, loader=shard.index, loaders=shard.count)
-    rows = mesh.shape["data"] * mesh.shape["fsdp"] * config.chunks
-    if config.batch.batch_size % rows:
-        raise ValueError(f"batch.batch_size {config.batch.batch_size} does not divide into {config.chunks} chunks on "
-                         f"the devices of the mesh; use a multiple of {rows}")
+    towers = open_towers(config.towers, config.compute, config.loss.similarity)
+    check(config, towers, mesh)
+    sources = open_data_sets(config.data.train)
+    batches = EncodedBatches(towers, sources, config.batch, teacher=config.loss.teacher, loader=shard.index,
+                             loaders=shard.count)
     dev = {Path(folder).name: read_beir(folder, split) for folder, split in (split_of(one, "dev")
                                                                              for one in config.data.dev)}
-    tx = make_optimizer(config.optim, config.loop.steps)
-    schedule = make_schedule(config.optim.schedule, config.optim.lr, config.loop.steps)
-    loss = make_retrieval_loss(encoder, config.loss, chunks=config.chunks, dropout=config.dropout)
-    learning = Learning(init=encoder.model.init, tx=tx, rules=ENCODER_RULES, params=params,
-                        step=make_step(loss, tx, schedule, mesh=mesh, rules=ENCODER_RULES, seed=config.seed))
-    abstract_state(learning.init, tx, mesh, ENCODER_RULES)  # the mesh must divide every parameter
+    learning = learning_of(config, towers, mesh)
+    batches.guide = open_guide(config.guide, sources)
     start = batches.get_state()
     first = next(batches)
     batches.set_state(start)
-    tokens = sum(first[name].tokens.size for name in ("query", "passage")) / len(first["relevance"])
-    table = params["embed"]["embedding"].size
+    shapes = jax.eval_shape(learning.init, jax.random.key(0))
+    flops = sum(6 * first[kind].tokens.size * (count_parameters(part) - part["embed"]["embedding"].size)
+                for kind in KINDS for part in [towers.part(shapes, kind)]) / len(first["relevance"])
     return Run(
         folder=config.folder, mode=mode_of(resume=config.resume, overwrite=config.overwrite), config=lasting(config),
-        files=encoder.tokenizer.files(), mesh=mesh, learning=learning, batches=batches,
-        evaluate=make_evaluation(encoder, dev) if dev else None, loop=config.loop, checkpoint=config.checkpoint,
-        seed=config.seed,
-        flops=6 * (count_parameters(params) - table) * tokens, dtype=config.compute.dtype,
+        files=towers.passage.tokenizer.files(), mesh=mesh, learning=learning, batches=batches,
+        evaluate=make_evaluation(towers, dev, config.nested) if dev else None, loop=config.loop,
+        checkpoint=config.checkpoint, seed=config.seed, flops=flops, dtype=config.compute.dtype,
         summary=f"{sum(len(source.rows) for source in sources)} rows, {config.batch.batch_size} queries a batch with "
                 f"{config.batch.batch_size * (1 + config.batch.num_negatives)} passages in {config.chunks} chunks")
 
 
 def export(config: Config) -> None:
-    """What the last checkpoint holds, as a folder of sentence-transformers."""
-    kind = json.loads((Path(config.init) / "config.json").read_text(encoding="utf-8"))["model_type"]
-    encoder, params = open_encoder(config)
-    params = saved_params(config.folder, jax.eval_shape(lambda: params))
-    save_text_encoder(config.folder / "exported", encoder, jax.device_get(params), architecture=kind, overwrite=True)
+    """What the last checkpoint holds, as folders of sentence-transformers."""
+    towers = open_towers(config.towers, config.compute, config.loss.similarity)
+    init = lambda key: adapted(towers, config.lora, key, towers.init(key))
+    params = saved_params(config.folder, jax.eval_shape(init, jax.random.key(0)))
+    save_towers(config.folder / "exported", config.towers, towers, params)
     log.info("exported to %s", config.folder / "exported")
+
+
+def work(config: Config, ledger: Ledger) -> None:
+    """One run and its export."""
+    launch(config.distributed, partial(prepare, config), ledger)
+    together(lambda: export(config) if is_primary() else None)  # the others wait: to leave is to end the job
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    ledger = Ledger()
-    config = flags.parse(PRESETS, argv, prog=PROG, description=__doc__)
-    try:
-        launch(config.distributed, partial(prepare, config), ledger)
-        if is_primary():
-            export(config)
-    except (ValueError, OSError, NonFiniteError) as error:
-        flags.fail(error, PROG)
-    finally:
-        ledger.close()
+    run_training(work, PRESETS, argv, prog=PROG, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from jaxlm.core.mesh import constrain, split_axes
 from jaxlm.model.attention import attention
@@ -194,7 +195,9 @@ class Encoder:
             raise ValueError("these parameters have no head of masked language modelling: set mlm_head in the "
                              "configuration, and load it from a checkpoint that has one")
         hidden, bias_V = MLMHead(self.config, hidden.dtype).apply({"params": params["mlm"]}, hidden)
-        table_VD = params["embed"]["embedding"].astype(hidden.dtype)
+        # Gathered over fsdp, as `matmul` does with kernels: left to itself, XLA's partitioner (jax 0.10.2) got the
+        # gradient wrong in chunks on a mesh of data, fsdp and tensor.
+        table_VD = constrain(params["embed"]["embedding"].astype(hidden.dtype), P("tensor", None))
         logits = jnp.einsum("BTD,VD->BTV", hidden, table_VD, preferred_element_type=jnp.float32)
         return logits + bias_V[None, None]
 

@@ -25,7 +25,7 @@ COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
               "config_sentence_transformers.json", "1_Pooling/config.json", "2_Normalize/config.json")
 # What an export may contain; a folder that holds anything else is never replaced.
 EXPORTED = (SINGLE, INDEX, "model-*-of-*.safetensors", "config.json", "merge.json", "README.md", *COMPANIONS,
-            "1_Pooling", "2_Normalize")
+            "1_Pooling", "2_Normalize", "1_SpladePooling")
 
 
 class Stored(NamedTuple):

@@ -22,6 +22,9 @@ from jaxlm.model.encoder import Encoder, text_positions
 
 Pooling = Literal["mean", "cls", "last", "weighted"]
 Kind = Literal["query", "passage"]
+# Parts of a power of two, for widths and rows. A program takes about as long to compile as many batches to compute, so
+# that few texts get few shapes, and many texts little padding.
+COARSE, FINE, MANY = 8, 16, 32
 log = logging.getLogger(__name__)
 
 
@@ -101,20 +104,25 @@ class TextEncoder:
         """Numbers in a vector."""
         return self.dimension or self.model.config.d_model
 
+    def hidden(self, params: Any, tokens: jax.Array, mask: jax.Array, dropout_key: jax.Array | None = None
+               ) -> jax.Array:
+        """The hidden states of tokens [B, T] under a mask [B, T] (1 is a token), [B, T, D] in the compute dtype.
+
+        ValueError for a dropout key with a decoder, which has no dropout.
+        """
+        if isinstance(self.model, Encoder):
+            return self.model.apply(params, tokens, segments=mask, dropout_key=dropout_key)
+        if dropout_key is not None:
+            raise ValueError("decoders have no dropout: give no dropout_key")
+        return self.model.apply(params, tokens, segments=mask, positions=text_positions(mask), logits=False).hidden
+
     def vectors(self, params: Any, tokens: jax.Array, mask: jax.Array, dropout_key: jax.Array | None = None
                 ) -> jax.Array:
         """The vectors of tokens [B, T] under a mask [B, T] (1 is a token), [B, width] float32; pure, for training too.
 
-        On a mesh each device computes its rows; the result is split like them. ValueError for a dropout key with a
-        decoder, which has no dropout.
+        On a mesh each device computes its rows; the result is split like them. ValueError: see `hidden`.
         """
-        if isinstance(self.model, Encoder):
-            hidden_BTD = self.model.apply(params, tokens, segments=mask, dropout_key=dropout_key)
-        elif dropout_key is not None:
-            raise ValueError("decoders have no dropout: give no dropout_key")
-        else:
-            hidden_BTD = self.model.apply(params, tokens, segments=mask, positions=text_positions(mask),
-                                          logits=False).hidden
+        hidden_BTD = self.hidden(params, tokens, mask, dropout_key)
         x_BD = POOLINGS[self.pooling](hidden_BTD, mask)[:, :self.width]
         return unit_length(x_BD) if self.normalize else x_BD
 
@@ -126,12 +134,12 @@ class Tokenized(NamedTuple):
     num_cut: int  # texts that were longer than `max_length`
 
 
-def tokenize(encoder: TextEncoder, texts: Sequence[str], kind: Kind) -> Tokenized:
+def tokenize(encoder: TextEncoder, texts: Sequence[str], kind: Kind, *, first: int = 0) -> Tokenized:
     """The ids of prompt and text, cut to `max_length`, in their frame.
 
     With [CLS] and [SEP] around and max_length 4: `a b c` is `[CLS] a b [SEP]`, and the empty text `[CLS] [SEP]`.
 
-    Raises ValueError for a kind that is none, and for texts without any token, by their indices.
+    Raises ValueError for a kind that is none, and for texts without any token, by their indices, counted from `first`.
     """
     if kind not in ("query", "passage"):
         raise ValueError(f"a text is a query or a passage, not {kind!r}")
@@ -139,7 +147,7 @@ def tokenize(encoder: TextEncoder, texts: Sequence[str], kind: Kind) -> Tokenize
     room = encoder.max_length - len(encoder.before) - len(encoder.after)
     inner = encoder.tokenizer.encode_batch([prompt + text for text in texts])
     ids = [[*encoder.before, *one[:room], *encoder.after] for one in inner]
-    if empty := [i for i, one in enumerate(ids) if not one]:
+    if empty := [i for i, one in enumerate(ids, first) if not one]:
         raise ValueError(f"{len(empty)} text(s) have no token, and this encoder puts none around a text: "
                          f"{', '.join(map(str, empty[:5]))}{' ...' if len(empty) > 5 else ''}; leave them out")
     return Tokenized(ids, sum(len(one) > room for one in inner))
@@ -156,6 +164,7 @@ def to_batch(ids: Sequence[Sequence[int]], rows: int, width: int) -> tuple[np.nd
 
 def embed_texts(
     encoder: TextEncoder, params: Any, texts: Sequence[str], kind: Kind, *, batch_tokens: int = 4096,
+    block_texts: int = 50_000,
 ) -> np.ndarray:
     """The vectors of texts, [len(texts), width] float32, in their order.
 
@@ -165,30 +174,36 @@ def embed_texts(
 
     Args:
       params: where `jax.set_mesh` put them. kind: which prompt stands before the texts.
+      texts: read in slices, once; they may lie on disk.
       batch_tokens: of a batch over all devices, padding included; bounds memory.
+      block_texts: texts that are tokenized and sorted by length at once.
 
     Texts that are cut are counted in a warning. ValueError: see `tokenize`.
     """
-    ids, num_cut = tokenize(encoder, texts, kind)
-    if num_cut:
-        log.warning("%d of %d texts are longer than %d tokens; their ends were cut off", num_cut, len(ids),
-                    encoder.max_length)
     mesh = jax.sharding.get_mesh()
     row_parts, time_parts = (1, 1) if mesh.empty else (split_axes(axes, mesh)[1] for axes in BATCH)
-    result, waiting = np.empty((len(ids), encoder.width), np.float32), deque()
+    result, waiting, num_cut = np.empty((len(texts), encoder.width), np.float32), deque(), 0
 
     def collect() -> None:
         chosen, vectors = waiting.popleft()
         result[chosen] = np.asarray(vectors)[:len(chosen)]
 
-    for chosen, rows, width in plan_batches([len(one) for one in ids], batch_tokens, row_parts, time_parts,
-                                            encoder.max_length):
-        batch = to_batch([ids[i] for i in chosen], rows, width)
-        waiting.append((chosen, _vectors(encoder, params, *(batch if mesh.empty else put_whole(batch, mesh)))))
-        if len(waiting) > 2:  # the next batch is made while the last ones are computed
-            collect()
+    for start in range(0, len(texts), block_texts):
+        # The devices compute the last batches of a block while the next one is tokenized.
+        ids, cut = tokenize(encoder, texts[start:start + block_texts], kind, first=start)
+        num_cut += cut
+        for chosen, rows, width in plan_batches([len(one) for one in ids], batch_tokens, row_parts, time_parts,
+                                                encoder.max_length):
+            batch = to_batch([ids[i] for i in chosen], rows, width)
+            batch = batch if mesh.empty else put_whole(batch, mesh)
+            waiting.append((start + chosen, _vectors(encoder, params, *batch)))
+            if len(waiting) > 2:  # the next batch is made while the last ones are computed
+                collect()
     while waiting:
         collect()
+    if num_cut:
+        log.warning("%d of %d texts are longer than %d tokens; their ends were cut off", num_cut, len(texts),
+                    encoder.max_length)
     return result
 
 
@@ -202,22 +217,28 @@ def plan_batches(
 ) -> Iterator[tuple[np.ndarray, int, int]]:
     """Batches as (indices of texts, rows, width): texts by length, those of one `bucket` together.
 
-    What does not fill a batch of its bucket joins the next wider one where that costs little; else, as at the end, its
-    rows are filled up to a power of two. `row_parts` divides the rows, `time_parts` the width.
+    Where they fill fewer than `MANY` batches, shapes are few: what does not fill a batch of its bucket joins the next
+    wider one unless that costs half a batch, and rows are filled up to a power of two. Else buckets and rows are finer
+    and little is padding. `row_parts` divides the rows, `time_parts` the width.
     """
+    many = sum(lengths) > MANY * batch_tokens
+    parts, spare = (FINE, 128) if many else (COARSE, batch_tokens // 2)
+
     def batch(start: int, stop: int, width: int) -> tuple[np.ndarray, int, int]:
-        rows = row_parts * power_of_two(-(-(stop - start) // row_parts))
-        return order[start:stop], min(rows, capacity(width)), width
+        count, most = -(-(stop - start) // row_parts), capacity(width) // row_parts
+        step = max(1, most // parts)
+        rows = -(-count // step) * step if many and count > step else min(power_of_two(count), most)
+        return order[start:stop], rows * row_parts, width
 
     def capacity(width: int) -> int:
         return max(row_parts, batch_tokens // width // row_parts * row_parts)
 
     order, start, width = np.argsort(lengths, kind="stable"), 0, 0
     for stop, length in enumerate(np.asarray(lengths, int)[order].tolist()):
-        own = max(length, min(bucket(length), max_length))  # max_length need not be the width of a bucket
+        own = max(length, min(bucket(length, parts), max_length))  # max_length need not be the width of a bucket
         own = -(-own // time_parts) * time_parts
         waiting = stop - start
-        if waiting and (waiting >= capacity(own) or waiting * (own - width) > batch_tokens // 2):
+        if waiting and (waiting >= capacity(own) or waiting * (own - width) > max(spare, waiting * width // parts)):
             yield batch(start, stop, width)
             start = stop
         width = own
@@ -225,12 +246,12 @@ def plan_batches(
         yield batch(start, len(order), width)
 
 
-def bucket(length: int) -> int:
-    """The width in which a text is computed: a quarter of its power of two at most is padding, 8 tokens at least.
+def bucket(length: int, parts: int = COARSE) -> int:
+    """The width in which a text is computed: padding is less than 2 / `parts` of it, or less than 8 tokens.
 
-    8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, ...
+    8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, ... with 8 parts of a power of two
     """
-    step = max(8, power_of_two(length) // 8)
+    step = max(8, power_of_two(length) // parts)
     return -(-length // step) * step
 
 

@@ -1,7 +1,7 @@
 """Folders of sentence-transformers: a model with the modules that make a vector of its hidden states.
 
     config.json, model.safetensors, tokenizer.json     the model, as transformers reads it
-    modules.json                                       the chain: Transformer, Pooling and perhaps Normalize
+    modules.json                                       the chain: Transformer, Pooling and perhaps Normalize (or SPLADE)
     1_Pooling/config.json                              which pooling
     sentence_bert_config.json                          max_seq_length
     config_sentence_transformers.json                  prompts, similarity
@@ -11,6 +11,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,9 +22,9 @@ from jaxlm.model.config import ComputeConfig
 from jaxlm.model.decoder import build
 from jaxlm.model.encoder import Encoder, build_encoder
 from jaxlm.model.hf import Put, load_hf, save_hf
-from jaxlm.model.hf_config import ARCHITECTURES
+from jaxlm.model.hf_config import ARCHITECTURES, read_config
 from jaxlm.model.hf_encoder import load_encoder, save_encoder
-from jaxlm.model.hf_encoder_config import ENCODERS
+from jaxlm.model.hf_encoder_config import ENCODERS, read_encoder_config
 from jaxlm.model.safetensors_io import new_folder, write_json
 from jaxlm.retrieval.embed import POOLINGS, Pooling, TextEncoder
 
@@ -36,6 +37,8 @@ POOLING_NAMES = {"mean": ("mean", "pooling_mode_mean_tokens"), "cls": ("cls", "p
 FLAG = "pooling_mode_"
 # The names of the classes before version 6, which every version resolves.
 CLASSES = {"Transformer": "", "Pooling": POOLING, "Normalize": NORMALIZE}
+SPLADE = "1_SpladePooling"
+SPARSE_CLASSES = {"MLMTransformer": "", "SpladePooling": SPLADE}
 # Settings of the first module that leave text, model and output as they are.
 PLAIN_MODULE = {
     "max_seq_length": None, "do_lower_case": False, "transformer_task": "feature-extraction",
@@ -46,52 +49,70 @@ PLAIN_MODULE = {
 log = logging.getLogger(__name__)
 
 
-def load_text_encoder(
-    folder: Path | str, *, pooling: Pooling | None = None, compute: ComputeConfig | None = None,
-    dtype: Any = jnp.float32, put: Put | None = None, mlm_head: bool = False,
-) -> tuple[TextEncoder, Any]:
-    """An encoder or decoder with its tokenizer and modules, and its parameters (numpy arrays without `put`).
+def open_text_encoder(
+    folder: Path | str, *, pooling: Pooling | None = None, compute: ComputeConfig | None = None, mlm_head: bool = False,
+) -> TextEncoder:
+    """An encoder or decoder with its tokenizer and modules, without its weights.
 
     Args:
       pooling: for a model folder without `modules.json`, which does not say it; such vectors have no unit length.
-      dtype, put: of the parameters, as in `load_hf`. mlm_head: see `load_encoder`.
+      mlm_head: see `load_encoder`.
 
     Raises ValueError that names every module and setting which would change the vectors and is not computed here
     (Dense, pooling by maximum, prompts outside the pooling, ...), and for a tokenizer that is no `tokenizer.json`.
     """
     folder = Path(folder)
     settings = _read(folder / SETTINGS, {}) if (folder / MODULES).exists() else {"similarity_fn_name": "dot"}
-    chosen, normalize = _modules(folder, pooling)
-    kind = _read(folder / "config.json").get("model_type")
-    if kind in ENCODERS:
-        config, params = load_encoder(folder, dtype=dtype, put=put, mlm_head=mlm_head)
-        model = build_encoder(config, compute)
-    elif kind in ARCHITECTURES:
-        if mlm_head:
-            raise ValueError(f"{folder}: a {kind} model has no head of masked language modelling")
-        config, params = load_hf(folder, dtype=dtype, put=put, backbone=True)
-        model = build(config, compute)
+    chosen, normalize = _modules(folder, pooling, mlm_head)
+    if architecture_of(folder) in ENCODERS:
+        model = build_encoder(read_encoder_config(folder, mlm_head=mlm_head)[1], compute)
+    elif mlm_head:
+        raise ValueError(f"{folder}: a {architecture_of(folder)} model has no head of masked language modelling")
     else:
-        raise ValueError(f"{folder}: model_type {kind!r} is not supported, only "
-                         f"{', '.join([*ENCODERS, *ARCHITECTURES])}")
+        model = build(replace(read_config(folder)[1], tie_embeddings=True), compute)  # no head is loaded
     tokenizer = load_tokenizer(folder)
     if not isinstance(tokenizer, JsonTokenizer):
         raise ValueError(f"{folder}: a text encoder is read with its {JSON_FILE}, which is not there")
     before, after = tokenizer.frame
-    encoder = TextEncoder(
+    return TextEncoder(
         model=model, tokenizer=tokenizer, pooling=chosen, normalize=normalize, before=before, after=after,
-        max_length=_max_length(folder, config.max_positions), **_settings(settings, folder / SETTINGS))
-    return encoder, params
+        max_length=_max_length(folder, model.config.max_positions), **_settings(settings, folder / SETTINGS))
+
+
+def load_text_encoder(
+    folder: Path | str, *, pooling: Pooling | None = None, compute: ComputeConfig | None = None,
+    dtype: Any = jnp.float32, put: Put | None = None, mlm_head: bool = False,
+) -> tuple[TextEncoder, Any]:
+    """`open_text_encoder`, and its parameters (numpy arrays without `put`).
+
+    Args:
+      dtype, put: of the parameters, as in `load_hf`.
+    """
+    encoder = open_text_encoder(folder, pooling=pooling, compute=compute, mlm_head=mlm_head)
+    if isinstance(encoder.model, Encoder):
+        return encoder, load_encoder(folder, dtype=dtype, put=put, mlm_head=mlm_head)[1]
+    return encoder, load_hf(folder, dtype=dtype, put=put, backbone=True)[1]
+
+
+def architecture_of(folder: Path | str) -> str:
+    """The family of a model folder; ValueError for one that is not read here."""
+    kind = _read(Path(folder) / "config.json").get("model_type")
+    if kind not in {**ENCODERS, **ARCHITECTURES}:
+        raise ValueError(f"{folder}: model_type {kind!r} is not supported, only "
+                         f"{', '.join([*ENCODERS, *ARCHITECTURES])}")
+    return kind
 
 
 def save_text_encoder(
     folder: Path | str, encoder: TextEncoder, params: Any, *, architecture: str,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32", overwrite: bool = False,
+    vectors: Literal["dense", "sparse", "late"] = "dense",
 ) -> None:
     """Writes a folder with which `SentenceTransformer(folder)` gives the same vectors; whole or not at all.
 
     Args:
       architecture: a key of `jaxlm.model.hf_encoder_config.ENCODERS`, or of `hf_config.ARCHITECTURES` for a decoder.
+      vectors: sparse ones are those of `SparseEncoder(folder)`; for late ones the model is written without modules.
 
     With `dimension` sentence-transformers cuts after the normalisation, so that its vectors are shorter than 1; their
     cosines are the same. Raises ValueError for a tokenizer that is no `tokenizer.json`, a frame that is not that of its
@@ -113,38 +134,56 @@ def save_text_encoder(
                     "model_input_names": ["input_ids", "attention_mask"]}, Path(beside) / JSON_NAMES_FILE)
         save(scratch, encoder.model.config, params, architecture=architecture, dtype=dtype, token_ids=ids,
              files=[Path(beside) / JSON_FILE, Path(beside) / JSON_NAMES_FILE])
-        for name, values in _written(encoder).items():
+        for name, values in WRITTEN[vectors](encoder).items():
             (scratch / name).parent.mkdir(exist_ok=True)
             write_json(values, scratch / name)
 
 
-def _written(encoder: TextEncoder) -> dict[str, Any]:
+def _dense_files(encoder: TextEncoder) -> dict[str, Any]:
     chain = [name for name in CLASSES if name != "Normalize" or encoder.normalize]
     flags = {flag: name == encoder.pooling for name, (_, flag) in POOLING_NAMES.items()}
-    settings = {
-        "prompts": {"query": encoder.query_prompt, "document": encoder.passage_prompt}, "default_prompt_name": None,
-        "similarity_fn_name": encoder.similarity}
-    if encoder.dimension is not None:
-        settings["truncate_dim"] = encoder.dimension
-    files = {
-        MODULES: [{"idx": i, "name": str(i), "path": CLASSES[name], "type": f"sentence_transformers.models.{name}"}
-                  for i, name in enumerate(chain)],
+    truncated = {} if encoder.dimension is None else {"truncate_dim": encoder.dimension}
+    files = _common_files(encoder, {name: f"sentence_transformers.models.{name}" for name in chain}, truncated) | {
         f"{POOLING}/config.json": {"word_embedding_dimension": encoder.model.config.d_model, **flags,
-                                   "include_prompt": True},
-        LENGTHS: {"max_seq_length": encoder.max_length, "do_lower_case": False},
-        SETTINGS: settings,
-    }
+                                   "include_prompt": True}}
     return files | ({f"{NORMALIZE}/config.json": {}} if encoder.normalize else {})
 
 
-def _modules(folder: Path, given: Pooling | None) -> tuple[Pooling, bool]:
-    """Pooling, and whether vectors get length 1."""
+def _sparse_files(encoder: TextEncoder) -> dict[str, Any]:
+    classes = {name: f"sentence_transformers.sparse_encoder.models.{name}" for name in SPARSE_CLASSES}
+    return _common_files(encoder, classes, {"model_type": "SparseEncoder"}) | {f"{SPLADE}/config.json": {
+        "pooling_strategy": "max", "activation_function": "relu",
+        "word_embedding_dimension": encoder.model.config.vocab_size}}
+
+
+def _common_files(encoder: TextEncoder, classes: Mapping[str, str], more: Mapping[str, Any]) -> dict[str, Any]:
+    paths = CLASSES | SPARSE_CLASSES
+    return {
+        MODULES: [{"idx": i, "name": str(i), "path": paths[name], "type": kind}
+                  for i, (name, kind) in enumerate(classes.items())],
+        LENGTHS: {"max_seq_length": encoder.max_length, "do_lower_case": False},
+        SETTINGS: {"prompts": {"query": encoder.query_prompt, "document": encoder.passage_prompt},
+                   "default_prompt_name": None, "similarity_fn_name": encoder.similarity, **more},
+    }
+
+
+WRITTEN = {"dense": _dense_files, "sparse": _sparse_files, "late": lambda encoder: {}}
+
+
+def _modules(folder: Path, given: Pooling | None, mlm_head: bool) -> tuple[Pooling, bool]:
+    """Pooling, and whether vectors get length 1; a model with its head is not pooled, and the first says nothing."""
     if not (folder / MODULES).exists():
         if given is None:
             raise ValueError(f"{folder} has no {MODULES}, so it does not say how to pool: give pooling, one of "
                              f"{', '.join(POOLINGS)}")
         return given, False
     chain = [str(module.get("type", "")).rpartition(".")[2] for module in _read(folder / MODULES)]
+    if chain == list(SPARSE_CLASSES) and mlm_head:
+        _check_plain(_read(folder / SPLADE / "config.json"), {
+            "pooling_strategy": "max", "activation_function": "relu",
+            **dict.fromkeys(("word_embedding_dimension", "embedding_dimension"),
+                            _read(folder / "config.json").get("vocab_size"))}, folder / SPLADE / "config.json")
+        return "mean", False
     if unknown := [name for name in chain if name not in CLASSES]:
         raise ValueError(f"{folder / MODULES}: module(s) {', '.join(unknown)} are not supported, only "
                          f"{', '.join(CLASSES)}")

@@ -1,21 +1,23 @@
-"""Training a text encoder: batches of tokens from rows of texts, and the contrastive loss of their vectors."""
+"""Batches to train text encoders on: tokens from rows of texts, and what their data says about each pair."""
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxlm.core.masked import Metric, aggregate
+from jaxlm.data.beir import beir_rows, read_beir, split_of
 from jaxlm.data.retrieval_batches import RetrievalBatch, RetrievalBatchConfig, RetrievalBatches
-from jaxlm.data.retrieval_rows import RetrievalRow
-from jaxlm.objective.contrastive import ContrastiveConfig, MatryoshkaConfig, contrastive, matryoshka
-from jaxlm.objective.contrastive_masks import in_batch
-from jaxlm.retrieval.embed import Kind, TextEncoder, bucket, to_batch, tokenize
-from jaxlm.retrieval.gradcache import cached_loss, per_passage
+from jaxlm.data.retrieval_rows import Passage, RetrievalRow, read_retrieval_rows
+from jaxlm.objective.contrastive_masks import GuideConfig
+from jaxlm.retrieval.embed import Kind, TextEncoder, bucket, embed_texts, to_batch, tokenize
+from jaxlm.retrieval.towers import KINDS, Towers
 
-# (params, batch, key) -> (sum over queries, metrics), as `train.step.make_step` takes it.
-RetrievalLoss = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, Metric]]]
+log = logging.getLogger(__name__)
 
 
 class Texts(NamedTuple):
@@ -37,6 +39,57 @@ class DataSet(NamedTuple):
         return self.digest
 
 
+def open_data_sets(specs: Sequence[str]) -> list[DataSet]:
+    """JSONL files of rows, and BEIR folders, of which the split train is taken unless another is named.
+
+    ValueError as `read_retrieval_rows` and `read_beir`, and without any.
+    """
+    if not specs:
+        raise ValueError("--data.train names the rows to learn from: JSONL files or BEIR folders")
+    found = []
+    for spec in specs:
+        folder, split = split_of(spec, "train")
+        rows = beir_rows(read_beir(folder, split)) if Path(folder).is_dir() else read_retrieval_rows(spec).rows
+        found.append(DataSet(spec, rows, hashlib.sha256(repr(rows).encode()).hexdigest()))
+        log.info("%s: %d rows", spec, len(rows))
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidedConfig(GuideConfig):
+    """A frozen model whose scores say which passages answer a query though nobody labelled them (GISTEmbed)."""
+
+    model: str = ""  # a folder of sentence-transformers; none: labels alone decide
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.model and (self.margin, self.kind) != (0.0, "absolute"):
+            raise ValueError("guide settings have no effect without guide.model")
+
+
+class Guide(NamedTuple):
+    """The vectors of a guide, of length 1: it is frozen, so that each text is encoded once, before training."""
+
+    rows: Mapping[Kind, Mapping[str, int]]  # of each text
+    vectors: Mapping[Kind, np.ndarray]      # [texts, D] float32
+
+    def of(self, kind: Kind, texts: Sequence[str]) -> np.ndarray:
+        """[len(texts), D]."""
+        return self.vectors[kind][[self.rows[kind][text] for text in texts]]
+
+
+def make_guide(encoder: TextEncoder, params: Any, sources: Sequence["DataSet"]) -> Guide:
+    """The vectors of all queries and passages, by the devices of the context's mesh, in host memory."""
+    rows = [row for source in sources for row in source.rows]
+    texts = {"query": dict.fromkeys(row.query for row in rows),
+             "passage": dict.fromkeys(one.text for row in rows for one in (*row.positives, *row.negatives))}
+    log.info("the guide encodes %d queries and %d passages", *map(len, texts.values()))
+    vectors = {kind: embed_texts(encoder, params, list(texts[kind]), kind) for kind in KINDS}
+    return Guide({kind: {text: i for i, text in enumerate(texts[kind])} for kind in KINDS},
+                 {kind: x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+                  for kind, x in vectors.items()})
+
+
 class EncodedBatches:
     """An endless iterator of dicts of arrays, for `train.loop.fit`: this process's part of every batch.
 
@@ -44,17 +97,25 @@ class EncodedBatches:
         passage    Texts [B, P, S]: the positive, then the negatives
         relevance  [B, P] int32: 1 the positive, 0 a negative (`objective.contrastive_masks`)
         excluded   [B, K] bool: keys that answer the query too, but are not its positive in this batch
+        step       [B] int32: the number of the batch, which a schedule needs
+        scores     [B, P] float32 of the teacher, if asked for
+        guide      {"query": [B, D], "passage": [B, P, D]} float32, with a guide
 
     Widths are those of `bucket`, so there are few of them. Every process makes the whole batch and keeps its rows;
     the K keys are always those of the whole batch.
+
+    ValueError for data without the scores that are asked for, and as `RetrievalBatches`.
     """
 
-    def __init__(self, encoder: TextEncoder, sources: Sequence[DataSet], config: RetrievalBatchConfig, *,
-                 loader: int = 0, loaders: int = 1) -> None:
+    def __init__(self, towers: Towers, sources: Sequence[DataSet], config: RetrievalBatchConfig, *,
+                 teacher: bool = False, loader: int = 0, loaders: int = 1) -> None:
         if config.batch_size % loaders:
             raise ValueError(f"batch.batch_size {config.batch_size} does not divide among {loaders} data shards")
-        self.sources, self._encoder = sources, encoder
+        self.sources, self._towers, self._teacher = sources, towers, teacher
+        self.guide: Guide | None = None  # set after these checks, since making one takes long
         self._batches = RetrievalBatches([source.rows for source in sources], config)
+        if teacher:
+            check_scores(sources, config.num_negatives)
         self._rows = slice(loader * config.batch_size // loaders, (loader + 1) * config.batch_size // loaders)
         self._places = self._tokens = self._cut = self._excluded = 0
 
@@ -62,22 +123,29 @@ class EncodedBatches:
         return self
 
     def __next__(self) -> dict[str, Any]:
+        step = self._batches.get_state()["drawn"]
         batch = next(self._batches)
-        passages = [one for row in zip(batch.positives, batch.negatives, strict=True) for one in (row[0], *row[1])]
+        passages = [one.text for one in keys_of(batch)]
         count, each = len(batch.queries), len(passages) // len(batch.queries)
-        query = self._encode(batch.queries, "query")
-        passage = self._encode([one.text for one in passages], "passage")
+        own = lambda x: x.reshape(count, each, -1)
         relevance = np.zeros((count, each), np.int32)
         relevance[:, 0] = 1
         excluded = other_answers(batch, each)
         self._excluded += int(excluded.sum())
-        whole = {"query": query, "passage": Texts(*(x.reshape(count, each, -1) for x in passage)),
-                 "relevance": relevance, "excluded": excluded}
+        whole = {"query": self._encode(batch.queries, "query"),
+                 "passage": Texts(*map(own, self._encode(passages, "passage"))),
+                 "relevance": relevance, "excluded": excluded, "step": np.full(count, step, np.int32)}
+        if self._teacher:
+            whole["scores"] = batch.scores
+        if self.guide is not None:
+            whole["guide"] = {"query": self.guide.of("query", batch.queries),
+                              "passage": own(self.guide.of("passage", passages))}
         return jax.tree.map(lambda x: x[self._rows], whole)
 
     def _encode(self, texts: Sequence[str], kind: Kind) -> Texts:
-        ids, num_cut = tokenize(self._encoder, texts, kind)
-        width = min(bucket(max(map(len, ids))), self._encoder.max_length)
+        encoder = self._towers.encoder(kind)
+        ids, num_cut = tokenize(encoder, texts, kind)
+        width = min(bucket(max(map(len, ids))), encoder.max_length)
         self._places, self._tokens = self._places + width * len(ids), self._tokens + sum(map(len, ids))
         self._cut += num_cut
         return Texts(*to_batch(ids, len(ids), width))
@@ -103,44 +171,28 @@ class EncodedBatches:
         """Nothing is open."""
 
 
+def check_scores(sources: Sequence[DataSet], num_negatives: int) -> None:
+    """ValueError unless every row can be compared with what a teacher says of it."""
+    if num_negatives < 1:
+        raise ValueError("a teacher's scores compare a positive with negatives: set batch.num_negatives to 1 or more")
+    for source in sources:
+        if any(row.positive_scores is None or row.negative_scores is None for row in source.rows):
+            raise ValueError(f"{source.name} has no scores of a teacher to learn from: its rows need pos_scores and "
+                             "neg_scores, or take loss.kind contrastive")
+
+
+def keys_of(batch: RetrievalBatch) -> list[Passage]:
+    """All passages of a batch, row by row: the positive, then the negatives."""
+    return [one for positive, negatives in zip(batch.positives, batch.negatives, strict=True)
+            for one in (positive, *negatives)]
+
+
 def other_answers(batch: RetrievalBatch, each: int) -> np.ndarray:
     """Keys that answer a query and are not its own positive of this batch, [B, B * each] bool.
 
     Facts of one entity often share a passage: then the positive of one row would be a negative of another.
     """
-    keys = [one.id for positive, negatives in zip(batch.positives, batch.negatives, strict=True)
-            for one in (positive, *negatives)]
-    excluded = np.array([[key in answers for key in keys] for answers in batch.positive_ids])
+    excluded = np.array([[one.id in answers for one in keys_of(batch)] for answers in batch.positive_ids])
     own = np.arange(len(batch.queries))
     excluded[own, own * each] = False
     return excluded
-
-
-def make_retrieval_loss(
-    encoder: TextEncoder, config: ContrastiveConfig, *, chunks: int = 1, dropout: bool = True,
-    nested: MatryoshkaConfig | None = None,
-) -> RetrievalLoss:
-    """The loss over batches of `EncodedBatches`: every query against all passages of the global batch.
-
-    Args:
-      chunks: parts in which queries and passages are encoded with GradCache; 1 keeps all activations.
-      dropout: of encoders that have one; decoders have none.
-      nested: prefixes of the vectors that must serve alone too.
-    """
-    def encode(params: Any, texts: Texts, key: jax.Array) -> jax.Array:
-        return encoder.vectors(params, texts.tokens, texts.mask, key if dropout else None)
-
-    def loss(params: Any, vectors: dict[str, jax.Array], batch: Any) -> tuple[jax.Array, dict[str, Metric]]:
-        keys = vectors["passage"].reshape(-1, vectors["passage"].shape[-1])
-        positive, padding = in_batch(batch["relevance"])
-        excluded = padding | batch["excluded"]
-        out = contrastive(vectors["query"], keys, positive, excluded, config)
-        per_query = out.loss
-        if nested is not None:
-            per_query = matryoshka(lambda q, k: contrastive(q, k, positive, excluded, config).loss,
-                                   (vectors["query"], keys), nested).loss
-        total = aggregate(per_query, out.counted)
-        return total.total, {"loss": total, "accuracy": aggregate(out.correct, out.counted)}
-
-    return cached_loss({"query": encode, "passage": per_passage(encode)}, loss,
-                       {"query": chunks, "passage": chunks}, cached=chunks > 1)

@@ -2,6 +2,7 @@
 that only nobody has marked as positive."""
 
 import hashlib
+import itertools
 import logging
 import unicodedata
 from collections import Counter
@@ -129,6 +130,27 @@ def score_rows(queries: np.ndarray, vectors: Callable[[np.ndarray], np.ndarray],
             scores = scores / np.maximum(np.linalg.norm(found, axis=1) * np.linalg.norm(query), 1e-30)
         result.append(scores.tolist())
     return result
+
+
+def interleaved(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Two rankings [Q, k] as one [Q, 2 k], the best of each in turn, no row twice; what is left is filled with -1.
+
+        4 7 2 and 7 9 -1  ->  4 7 9 2 -1 -1
+    """
+    merged = np.full((len(first), 2 * first.shape[1]), NO_ROW, np.int64)
+    for i, pairs in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
+        found = [row for row in dict.fromkeys(itertools.chain(*zip(*pairs, strict=True))) if row != NO_ROW]
+        merged[i, :len(found)] = found
+    return merged
+
+
+def scored(rows: np.ndarray, queries: np.ndarray, vectors: Callable[[np.ndarray], np.ndarray], *,
+           similarity: Similarity = "dot") -> Hits:
+    """A ranking [Q, k] of any origin in its order, with the scores that `score_rows` gives."""
+    hits = Hits(np.full(rows.shape, -np.inf, np.float32), rows)
+    found = score_rows(queries, vectors, [own[own != NO_ROW].tolist() for own in rows], similarity=similarity)
+    hits.scores[rows != NO_ROW] = np.concatenate(found)
+    return hits
 
 
 def contains_answer(text: str, answer: str) -> bool:
