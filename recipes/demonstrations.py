@@ -8,12 +8,13 @@ Tasks are named as in `jaxlm.rl.task_sources`; those without a teacher are left 
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from jaxlm.core.command import run_command
 from jaxlm.rl.demonstration import write_conversations
 from jaxlm.rl.env import EnvConfig
+from jaxlm.rl.search_tools import SearchConfig
 from jaxlm.rl.task_set import open_task_set
 from jaxlm.rl.task_sources import statistics
 
@@ -26,6 +27,7 @@ class Config:
     """What is written."""
 
     tasks: tuple[str, ...] = ("words:train?count=2000",)
+    search: SearchConfig = field(default_factory=SearchConfig)
     output: Path = Path("runs/demonstrations.jsonl")
     question: str = EnvConfig().question  # as `env.question` of recipes.rl_distill
     overwrite: bool = False
@@ -39,7 +41,7 @@ def run(config: Config) -> None:
     """Reads the tasks and writes the file."""
     if config.output.exists() and not config.overwrite:
         raise ValueError(f"{config.output} exists; --overwrite replaces it")
-    found = open_task_set(config.tasks)
+    found = open_task_set(config.tasks, config.search)
     tasks, tools = found.tasks(), found.tools
     shown = [task for task in tasks if task.teacher]
     if not shown:

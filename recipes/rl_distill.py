@@ -8,7 +8,7 @@ parameters and numerics.
     python -m recipes.rl_distill --preset sparse --init MODEL          outcome only; mentor_f1, mentor_ordered, ...
     python -m recipes.rl_distill --preset mentor --plan v5p:2x2x2      the paper's settings for a 7B, what a step costs
     python -m recipes.rl_distill --init S --lora.rank 16               only adapters learn; DoRA: --lora.kind dora
-    python -m recipes.rl_distill --init S --tasks.search corpus.jsonl  every task also offers keyword_search
+    python -m recipes.rl_distill --init S --tasks.search.corpus c.jsonl  every task offers keyword_search
     python -m recipes.rl_distill --init S --env.max-turns 1 --tasks.train bfcl:BFCL_v4_simple_python.json
     python -m recipes.rl_distill --preset smoke --init S --teacher T --objective.teacher.coefficient 1 \
       --objective.teacher.estimator k1 --objective.teacher.place advantage   on-policy distillation; k2 in loss: KDRL
@@ -17,7 +17,7 @@ parameters and numerics.
 MODEL is a run folder, a Hugging Face folder or a GGUF file. `runs/rl/pages` shows attempts in colour,
 `runs/rl/metrics.jsonl` everything else. Adapters stand beside a frozen base, which is also the reference of a KL; the
 next run, `recipes.generate` and `recipes.convert` merge them. Results: docs/results.md. Left out: the paper's data and
-teacher, which are not public (embedded tasks take their place), and search by embeddings (words only, BM25).
+teacher, which are not public (embedded tasks take their place). `--tasks.search.model MiniLM` adds dense_search.
 """
 
 from collections.abc import Sequence

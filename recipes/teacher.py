@@ -31,6 +31,7 @@ from jaxlm.reward.trajectory import Trajectory
 from jaxlm.rl.env import Dialogue, EnvConfig, ToolEnv, episode_template
 from jaxlm.rl.rollout import Attempt, RolloutConfig, make_prompts, rollout
 from jaxlm.rl.score import score
+from jaxlm.rl.search_tools import SearchConfig
 from jaxlm.rl.task_set import open_task_set
 from jaxlm.rl.teacher import taught
 from jaxlm.train.pretrained import load_weights, open_pretrained
@@ -45,6 +46,7 @@ class Config:
 
     source: Path = Path("runs/sft")
     tasks: tuple[str, ...] = ("words:train?count=200",)
+    search: SearchConfig = field(default_factory=SearchConfig)
     output: Path = Path("taught.jsonl")
     overwrite: bool = False
     samples: int = 4                    # attempts at each task
@@ -69,7 +71,7 @@ def run(config: Config) -> None:
     opened = open_pretrained(config.source)
     if opened.tokenizer is None:
         raise ValueError(f"--source {config.source} has no tokenizer")
-    found = open_task_set(config.tasks)
+    found = open_task_set(config.tasks, config.search)
     tasks, tools = found.tasks(), found.tools
     template = episode_template(config.env, opened.chat, opened.tokenizer)
     dialogue = Dialogue(tools, template, opened.tokenizer, config.env)

@@ -97,13 +97,13 @@ def test_what_is_no_call(body, message):
 
 
 def test_parsing_is_linear():
-    start = time.monotonic()
+    start = time.process_time()
     for text in ("<tool_call>" * 100_000 + "</tool_call>" * 100_000, "<tool_call></tool_call>" * 20_000,
                  "<tool_call>" * 200_000,
                  '<tool_call>{"name"' + '"' * 10**6 + "</tool_call>",
                  "<tool_call>{" + ",".join(f'"{i}":1' for i in range(2000)) + ',"1999":2}</tool_call>'):
         parse_calls(text)
-    assert time.monotonic() - start < 3
+    assert time.process_time() - start < 3
 
 
 # ---- observations as ids

@@ -70,7 +70,7 @@ def test_a_run_from_flags_to_files(student, tmp_path, capsys):
     (("--preset", "mentro"), "did you mean 'mentor'"),
     (("--init", "STUDENT", "--env.template", "hermse"), "did you mean 'hermes'"),
     (("--init", "STUDENT", "--env.template", "chatml"), "give --env.template hermes"),
-    (("--init", "STUDENT", "--tasks.search", "missing.jsonl"), "missing.jsonl: cannot be read"),
+    (("--init", "STUDENT", "--tasks.search.corpus", "missing.jsonl"), "missing.jsonl: cannot be read"),
     (("--plan", "v5e:2x2", "--batch.prompts", "5", "--batch.micro-rows", "4"),
      "batch.micro_rows 4 does not divide the 10 rows"),
     (("--init", "STUDENT", "--model.num-layers", "3"), "leave out the --model flags"),

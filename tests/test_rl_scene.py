@@ -5,14 +5,21 @@ import json
 import logging
 from dataclasses import replace
 
+import jax
+import numpy as np
 import pytest
 
+from jaxlm.core.mesh import MeshConfig, make_mesh
 from jaxlm.data.chat_template import CHATML, HERMES, ChatTemplate
+from jaxlm.retrieval.embed import embed_texts
+from jaxlm.retrieval.folder import save_text_encoder
 from jaxlm.reward.presets import PRESETS as REWARDS
 from jaxlm.rl.env import EnvConfig
 from jaxlm.rl.scene import TaskConfig, open_scene
-from jaxlm.rl.search_tools import KEYWORD_SEARCH, Passage, read_passages
+from jaxlm.rl.search_tools import DENSE_SEARCH, KEYWORD_SEARCH, Passage, SearchConfig, read_passages
 from jaxlm.rl.task_set import open_task_set
+from tests.test_embed import WORDS as VOCABULARY
+from tests.test_embed import encoder_of
 from tests.test_tasks import bfcl_file
 from tests.tiny_chat import json_tokenizer
 
@@ -38,8 +45,9 @@ def scene(own=HERMES, tasks=None, env=None, *, max_prompt=10_000, tokenizer=None
 def test_every_task_can_search_in_a_corpus(tmp_path):
     corpus = write(tmp_path / "corpus.jsonl", SEOUL, "", BUSAN)
     assert read_passages(corpus) == [Passage("Seoul", SEOUL["text"]), Passage("", BUSAN["text"])]
-    config = TaskConfig(train=(WORDS,), held_out=("words:unseen?count=2&num_tools=4&max_calls=1",), search=str(corpus))
-    opened, plain = scene(tasks=config), scene(tasks=replace(config, search=""))
+    config = TaskConfig(train=(WORDS,), held_out=("words:unseen?count=2&num_tools=4&max_calls=1",),
+                        search=SearchConfig(corpus=str(corpus)))
+    opened, plain = scene(tasks=config), scene(tasks=replace(config, search=SearchConfig()))
     tokenizer = json_tokenizer()
     for task in (*opened.scene.tasks, *opened.sets["words:unseen"].tasks):
         assert task.tools.count(KEYWORD_SEARCH) == 1
@@ -53,13 +61,36 @@ def test_every_task_can_search_in_a_corpus(tmp_path):
     assert not over and state.failed == state.invalid == 0
 
 
+def test_a_search_by_a_models_vectors_whatever_the_mesh(tmp_path):
+    encoder, params = encoder_of(normalize=False, similarity="cosine")
+    save_text_encoder(tmp_path / "model", encoder, params, architecture="bert")
+    words = VOCABULARY[5:]
+    texts = [" ".join(words[(3 * i + k * k) % len(words)] for k in range(6)) for i in range(len(words))]
+    rows = [{"id": str(i), "title": "", "text": text} for i, text in enumerate(texts)]
+    config = SearchConfig(corpus=str(write(tmp_path / "corpus.jsonl", *rows)), model=str(tmp_path / "model"))
+    opened = scene(tasks=TaskConfig(train=(WORDS,), held_out=(), search=config))
+    assert opened.scene.tasks[0].tools[-2:] == (KEYWORD_SEARCH, DENSE_SEARCH)
+    tool = opened.scene.env.tools[DENSE_SEARCH]
+    vectors = embed_texts(encoder, params, texts, "passage")
+    for query in (texts[4], " ".join(words[::3])):
+        q = embed_texts(encoder, params, [query], "query")[0]
+        best = int(np.argmax(vectors @ q / np.linalg.norm(vectors, axis=1)))
+        with jax.set_mesh(make_mesh(MeshConfig())):
+            assert tool.call(query=query, top_n=1) == f"[1] \n{texts[best]}"
+    with pytest.raises(ValueError, match=r"search\.corpus names nothing to search in"):
+        SearchConfig(model="x")
+
+
 def test_a_task_that_names_the_search_needs_a_corpus(tmp_path):
     task = {"id": "a", "question": "Where is Seoul?", "tools": [KEYWORD_SEARCH], "answers": ["Korea"], "judge": "exact",
             "domain": "places"}
     tasks, corpus = write(tmp_path / "tasks.jsonl", task), write(tmp_path / "corpus.jsonl", SEOUL)
     with pytest.raises(ValueError, match="no corpus is named to search in"):
         open_task_set([str(tasks)])
-    found = open_task_set([str(tasks)], str(corpus))
+    other = write(tmp_path / "dense.jsonl", {**task, "tools": [DENSE_SEARCH]})
+    with pytest.raises(ValueError, match=r"no model is named to search with .--tasks.search.model"):
+        open_task_set([str(other)], SearchConfig(corpus=str(corpus)))
+    found = open_task_set([str(tasks)], SearchConfig(corpus=str(corpus)))
     assert found.tasks()[0].tools == (KEYWORD_SEARCH,) and [tool.name for tool in found.tools] == [KEYWORD_SEARCH]
 
 
@@ -76,16 +107,16 @@ def test_a_task_that_names_the_search_needs_a_corpus(tmp_path):
 def test_a_corpus_that_is_none(tmp_path, rows, message):
     corpus = write(tmp_path / "corpus.jsonl", *rows)
     with pytest.raises(ValueError, match=f"corpus.jsonl:? ?{message}"):
-        scene(tasks=TaskConfig(train=(WORDS,), held_out=(), search=str(corpus)))
+        scene(tasks=TaskConfig(train=(WORDS,), held_out=(), search=SearchConfig(corpus=str(corpus))))
 
 
 def test_a_corpus_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match=r"none.jsonl: cannot be read: No such file"):
-        open_task_set([WORDS], str(tmp_path / "none.jsonl"))
+        open_task_set([WORDS], SearchConfig(corpus=str(tmp_path / "none.jsonl")))
     path = tmp_path / "cut.jsonl.gz"
     path.write_bytes(gzip.compress(json.dumps(SEOUL).encode())[:-9])
     with pytest.raises(ValueError, match=r"cut.jsonl.gz: not a sound gzip file"):
-        open_task_set([WORDS], str(path))
+        open_task_set([WORDS], SearchConfig(corpus=str(path)))
 
 
 # ---- templates, schemas

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from jaxlm.rl.env import Dialogue, EnvConfig, ToolEnv, episode_template
 from jaxlm.rl.evaluation import EvalSet, make_eval_set
 from jaxlm.rl.learner import Scene
 from jaxlm.rl.rollout import make_prompts
+from jaxlm.rl.search_tools import SearchConfig
 from jaxlm.rl.task_set import open_task_set
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ class TaskConfig:
 
     train: tuple[str, ...] = ("words:train?count=2000",)
     held_out: tuple[str, ...] = ("words:held_out?count=60", "words:unseen?count=60")  # a set each
-    search: str = ""  # JSONL of {id, title, text}: every task also offers `keyword_search` over these passages
+    search: SearchConfig = field(default_factory=SearchConfig)
 
 
 class OpenedScene(NamedTuple):

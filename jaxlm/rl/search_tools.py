@@ -1,17 +1,35 @@
 """Search over a corpus in memory as tools: by keywords (BM25) and by embeddings (inner product)."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import jax
 import numpy as np
 
+from jaxlm.core.mesh import MeshConfig, make_mesh
+from jaxlm.data.retrieval_rows import titled
 from jaxlm.retrieval.bm25 import bm25_index, bm25_scores
+from jaxlm.retrieval.embed import embed_texts, unit_length
+from jaxlm.retrieval.retriever import open_retriever
 from jaxlm.rl.json_rows import field, read_rows
 from jaxlm.rl.tools import Tool, tool_of
 
-KEYWORD_SEARCH = "keyword_search"
+KEYWORD_SEARCH, DENSE_SEARCH = "keyword_search", "dense_search"
 MAX_RESULTS, MAX_QUERY = 20, 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """What every task also offers to search in, and how."""
+
+    corpus: str = ""  # JSONL of {id, title, text}: `keyword_search` over these passages
+    model: str = ""   # a folder of sentence-transformers: `dense_search` over them too, by its vectors
+
+    def __post_init__(self) -> None:
+        if self.model and not self.corpus:
+            raise ValueError("search.model says how to search, but search.corpus names nothing to search in")
 
 
 class Passage(NamedTuple):
@@ -61,6 +79,32 @@ def keyword_search_tool(passages: Sequence[Passage], *, passage_chars: int = 600
         return _listed(passages, bm25_scores(index, query), top_n, passage_chars, least=0.0)
 
     return tool_of(keyword_search, trusted=True)
+
+
+def search_tools(config: SearchConfig) -> tuple[Tool, ...]:
+    """The tools of a configuration; none without a corpus. ValueError: see `read_passages` and `open_retriever`."""
+    if not config.corpus:
+        return ()
+    passages = read_passages(config.corpus)
+    by_words = keyword_search_tool(passages)
+    return (by_words, encoder_search_tool(passages, config.model)) if config.model else (by_words,)
+
+
+def encoder_search_tool(passages: Sequence[Passage], folder: str | Path, *, passage_chars: int = 600) -> Tool:
+    """`dense_search_tool` with the vectors of a retriever, compared as it wants: by cosine, or by inner product.
+
+    The model lies on one device of this process, whatever the mesh of a run: processes search at different times.
+    """
+    mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
+    retriever = open_retriever(folder, mesh)
+
+    def embed(texts: Sequence[str], kind: Literal["query", "passage"]) -> np.ndarray:
+        with jax.set_mesh(mesh):
+            vectors = embed_texts(retriever.encoder, retriever.params, texts, kind)
+        return np.asarray(unit_length(vectors)) if retriever.similarity == "cosine" else vectors
+
+    vectors = embed([titled(one.title, one.text) for one in passages], "passage")
+    return dense_search_tool(passages, vectors, lambda texts: embed(texts, "query"), passage_chars=passage_chars)
 
 
 def dense_search_tool(passages: Sequence[Passage], embeddings: np.ndarray, embed: Callable[[list[str]], np.ndarray], *,

@@ -5,7 +5,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import NamedTuple
 
-from jaxlm.rl.search_tools import KEYWORD_SEARCH, keyword_search_tool, read_passages
+from jaxlm.rl.search_tools import DENSE_SEARCH, KEYWORD_SEARCH, SearchConfig, search_tools
 from jaxlm.rl.task import Task
 from jaxlm.rl.task_sources import open_task_source
 from jaxlm.rl.tools import Tool
@@ -22,8 +22,8 @@ class TaskSet(NamedTuple):
         return list(chain.from_iterable(self.parts))
 
 
-def open_task_set(specs: Sequence[str], corpus: str = "") -> TaskSet:
-    """The tasks of all lines; see `open_task_source`. With the file of a corpus every task also offers to search it.
+def open_task_set(specs: Sequence[str], search: SearchConfig | None = None) -> TaskSet:
+    """The tasks of all lines; see `open_task_source`. With a corpus every task also offers to search it.
 
     ValueError for an id that two sources have, for two tools of one name, and for tasks with a search in no corpus.
     """
@@ -31,9 +31,9 @@ def open_task_set(specs: Sequence[str], corpus: str = "") -> TaskSet:
         raise ValueError(f"tasks {min(twice)} are named twice")
     sources = [open_task_source(spec) for spec in specs]
     found = [(spec, source.tools) for spec, source in zip(specs, sources, strict=True)]
-    if corpus:
-        sources = [source._replace(tasks=[_searching(task) for task in source.tasks]) for source in sources]
-        found.append((corpus, (keyword_search_tool(read_passages(corpus)),)))
+    if searches := search_tools(search or SearchConfig()):
+        sources = [source._replace(tasks=[_searching(task, searches) for task in source.tasks]) for source in sources]
+        found.append((search.corpus, searches))
     seen: dict[str, str] = {}
     for spec, source in zip(specs, sources, strict=True):
         for task in source.tasks:
@@ -45,11 +45,13 @@ def open_task_set(specs: Sequence[str], corpus: str = "") -> TaskSet:
         for tool in some:
             if tool.name in offered and tools.setdefault(tool.name, tool).schema() != tool.schema():
                 raise ValueError(f"{spec} has a tool {tool.name!r} that is not the one of another source")
-    if KEYWORD_SEARCH in offered - set(tools):
-        raise ValueError(f"a task offers the tool {KEYWORD_SEARCH!r}, but no corpus is named to search in "
-                         "(--tasks.search of recipes.rl_distill)")
+    for name, flag, missing in ((KEYWORD_SEARCH, "corpus", "corpus is named to search in"),
+                                (DENSE_SEARCH, "model", "model is named to search with")):
+        if name in offered - set(tools):
+            raise ValueError(f"a task offers the tool {name!r}, but no {missing} (--tasks.search.{flag} of "
+                             "recipes.rl_distill)")
     return TaskSet(tuple(source.tasks for source in sources), tuple(tools.values()))
 
 
-def _searching(task: Task) -> Task:
-    return task if KEYWORD_SEARCH in task.tools else replace(task, tools=(*task.tools, KEYWORD_SEARCH))
+def _searching(task: Task, searches: Sequence[Tool]) -> Task:
+    return replace(task, tools=tuple(dict.fromkeys((*task.tools, *(tool.name for tool in searches)))))
