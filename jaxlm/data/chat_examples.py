@@ -22,7 +22,7 @@ from jaxlm.data.conversations import TooLong, TrainOn
 from jaxlm.data.examples import Example
 from jaxlm.data.pipeline import Batches, PipelineConfig, stream_batches
 from jaxlm.data.rows import SourceConfig
-from jaxlm.data.sources import Source, spread
+from jaxlm.data.sources import Source, check_bad, spread
 from jaxlm.data.tokenizer import SentencePieceTokenizer, Symbol, Tokenizer
 from jaxlm.data.tokenizer_training import train_sentencepiece
 
@@ -153,19 +153,15 @@ def encode_source(source: Source, form: ChatFormat, *, seq_len: int, too_long: T
             dropped["without target"] += 1
         else:
             kept.append(chat)
-    unread = len(source.bad_rows)
-    if len(bad) + unread > max_bad_rows:
-        first = "".join(f"\n  {line}" for line in bad[:5]) + ("\n  ..." if len(bad) > 5 else "")
-        raise ValueError(f"{source.config.path}: {len(bad) + unread} of {len(source) + unread} conversations are bad, "
-                         f"{max_bad_rows} allowed (max_bad_rows):{first}")
-    said = ", ".join(f"{count} {reason}" for reason, count in {"bad": len(bad) + unread, **dropped}.items())
+    num_bad = check_bad(source, bad, max_bad_rows, "conversations")
+    said = ", ".join(f"{count} {reason}" for reason, count in {"bad": num_bad, **dropped}.items())
     if not kept:
         raise ValueError(f"{source.config.path}: no conversation left of {len(source)}: dropped {said} "
                          f"(pipeline.seq_len is {seq_len})")
     chats = Chats(source.name, source.config, kept)
     logger.info("%s: %d conversations, %d tokens, %d of them targets, weight %g, cut: %d, dropped: %s%s",
                 source.config.path, len(chats), chats.num_tokens, chats.num_targets, source.config.weight, cut, said,
-                f"; first bad: {(source.bad_rows + bad)[0]}" if unread or bad else "")
+                f"; first bad: {(source.bad_rows + bad)[0]}" if num_bad else "")
     return chats
 
 

@@ -4,13 +4,13 @@ what is wrong with one, with its line. `jaxlm.data.chat_examples` makes training
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from jaxlm.core.config import nearest
 from jaxlm.data.rows import BadRow, Document, RowReader, SourceConfig, decode_json, missing_field
 from jaxlm.data.sample_chats import SampleChats
-from jaxlm.data.sources import DEFAULT_SAMPLE, Source, open_source, packed_source, parse_source
+from jaxlm.data.sources import Source, open_rows, parse_source
 
 ROLES = ("system", "user", "assistant", "tool")
 TrainOn = Literal["all", "last"]
@@ -52,21 +52,8 @@ def open_conversations(config: SourceConfig | Iterable[Mapping[str, Any]], *, ma
 
     `sample:ko|en|both` are embedded questions and answers. ValueError as `open_source`, in one sentence.
     """
-    if not isinstance(config, SourceConfig):
-        config, rows = SourceConfig(path="memory"), config
-        reader = ConversationReader(config, max_bad_rows)
-        found = (reader.read(row, "memory", number) for number, row in enumerate(rows, 1))
-        return packed_source(config, (one for one in found if one is not None), reader)
-    for name in ("text", "source_field", "language", "language_field"):
-        if getattr(config, name) is not None:
-            raise ValueError(f"source {config.path!r}: {name} has no effect on conversations")
-    if config.path.startswith("sample:"):
-        rows = SampleChats(config.path.removeprefix("sample:"), config.documents or DEFAULT_SAMPLE,
-                           config.split or "train", config.seed)
-        return Source(config, rows, ConversationReader(config, max_bad_rows))
-    if config.text_field == "text":
-        config = replace(config, text_field="messages")
-    return open_source(config, max_bad_rows=max_bad_rows, reader=ConversationReader)
+    return open_rows(config, reader=ConversationReader, sample=SampleChats, what="conversations",
+                     max_bad_rows=max_bad_rows, text_field="messages")
 
 
 class ConversationReader(RowReader):

@@ -15,7 +15,7 @@ import numpy as np
 from jaxlm.data.chat import chat_ids
 from jaxlm.data.chat_examples import Chat, ChatFormat
 from jaxlm.data.conversations import TooLong
-from jaxlm.data.sources import Source
+from jaxlm.data.sources import Source, check_bad
 
 logger = logging.getLogger(__name__)
 
@@ -90,19 +90,15 @@ def encode_preferences(
                 dropped["too long"] += 1
             else:
                 kept.append(fitted)
-    unread = len(source.bad_rows)
-    if len(bad) + unread > max_bad_rows:
-        first = "".join(f"\n  {line}" for line in bad[:5]) + ("\n  ..." if len(bad) > 5 else "")
-        raise ValueError(f"{source.config.path}: {len(bad) + unread} of {len(source) + unread} rows are bad, "
-                         f"{max_bad_rows} allowed (max_bad_rows):{first}")
-    dropped["bad"] = len(bad) + unread
+    num_bad = check_bad(source, bad, max_bad_rows)
+    dropped["bad"] = num_bad
     dropped = {reason: count for reason, count in dropped.items() if count or reason == "bad"}
     said = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
     if not kept:
         raise ValueError(f"{source.config.path}: no row left of {len(source)}: dropped {said} (batch.seq_len is "
                          f"{seq_len})")
     logger.info("%s: %d rows, cut: %d, dropped: %s%s", source.config.path, len(kept), cut, said,
-                f"; first bad: {(source.bad_rows + bad)[0]}" if unread or bad else "")
+                f"; first bad: {(source.bad_rows + bad)[0]}" if num_bad else "")
     return PreferenceSet(source.name, kept, dropped)
 
 

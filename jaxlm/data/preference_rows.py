@@ -17,7 +17,7 @@ from typing import Any, Literal
 from jaxlm.data.conversations import TooLong, read_conversation
 from jaxlm.data.rows import BadRow, Document, RowReader, SourceConfig, missing_field
 from jaxlm.data.sample_preferences import SamplePreferences
-from jaxlm.data.sources import DEFAULT_SAMPLE, Source, open_source, packed_source, parse_source
+from jaxlm.data.sources import NO_TEXT, Source, open_rows, parse_source
 
 PROMPT = ("messages", "prompt")
 SIDES = {"pair": ("chosen", "rejected"), "judged": ("completion", "label")}
@@ -59,21 +59,8 @@ def open_preference_rows(config: SourceConfig | Iterable[Mapping[str, Any]], *, 
 
     `sample:ko|en|both` are embedded pairs. ValueError as `open_source`, in one sentence.
     """
-    if not isinstance(config, SourceConfig):
-        config, rows = SourceConfig(path="memory"), config
-        reader = PreferenceReader(config, max_bad_rows)
-        found = (reader.read(row, "memory", number) for number, row in enumerate(rows, 1))
-        return packed_source(config, (one for one in found if one is not None), reader)
-    for name in ("text", "source_field", "language", "language_field"):
-        if getattr(config, name) is not None:
-            raise ValueError(f"source {config.path!r}: {name} has no effect on preference rows")
-    if config.text_field != "text":
-        raise ValueError(f"source {config.path!r}: text_field has no effect on preference rows")
-    if config.path.startswith("sample:"):
-        rows = SamplePreferences(config.path.removeprefix("sample:"), config.documents or DEFAULT_SAMPLE,
-                                 config.split or "train", config.seed)
-        return Source(config, rows, PreferenceReader(config, max_bad_rows))
-    return open_source(config, max_bad_rows=max_bad_rows, reader=PreferenceReader)
+    return open_rows(config, reader=PreferenceReader, sample=SamplePreferences, what="preference rows",
+                     max_bad_rows=max_bad_rows, unread=(*NO_TEXT, "text_field"))
 
 
 class PreferenceReader(RowReader):

@@ -30,19 +30,36 @@ def sample_documents(language: str, count: int, *, split: str = "train", seed: i
     return SampleDocuments(language, count, split, seed)
 
 
-class SampleDocuments(Sequence):
-    """See `sample_documents`."""
+class Sample(Sequence):
+    """`count` documents in `language` ko, en or both, each made when indexed, from (seed, split, index) alone."""
 
     def __init__(self, language: str, count: int, split: str, seed: int) -> None:
-        self._language, self._count, self._split, self._seed = language, count, split, seed
+        self.language, self.count, self.split, self.seed = language, count, split, seed
 
     def __len__(self) -> int:
-        return self._count
+        return self.count
 
     def __getitem__(self, i: int) -> Document:
-        if not -self._count <= i < self._count:
-            raise IndexError(f"the sample has {self._count} documents, asked for {i}")
-        text, language, _ = compose(self._language, int(i) % self._count, self._split == "held_out", self._seed)
+        if not -self.count <= i < self.count:
+            raise IndexError(f"the sample has {self.count} documents, asked for {i}")
+        return self.make(int(i) % self.count)
+
+    def make(self, i: int) -> Document:
+        """The document of an index."""
+        raise NotImplementedError
+
+    def drawn(self, what: str, i: int) -> tuple[random.Random, str]:
+        """Random numbers for one of them, and its language (for both, one of the two)."""
+        # A string seeds by its SHA-512, the same on every platform and Python.
+        rng = random.Random(f"{what} {self.seed} {self.language} {self.split} {i}")
+        return rng, rng.choice(("ko", "en")) if self.language == "both" else self.language
+
+
+class SampleDocuments(Sample):
+    """See `sample_documents`."""
+
+    def make(self, i: int) -> Document:
+        text, language, _ = compose(self.language, i, self.split == "held_out", self.seed)
         return Document(text, language, "sample")
 
 

@@ -5,12 +5,10 @@ The facts of the two splits are apart, as in `jaxlm.data.sample`: a held-out con
 
 import functools
 import json
-import random
 from collections import Counter
-from collections.abc import Sequence
 
 from jaxlm.data.rows import Document
-from jaxlm.data.sample import question
+from jaxlm.data.sample import Sample, question
 from jaxlm.data.sample_facts import Fact, facts
 
 MAX_QUESTIONS = 3
@@ -18,26 +16,13 @@ MAX_QUESTIONS = 3
 KINDS = ("language", "currency", "script", "first_day", "decimal", "day_after", "month_after")
 
 
-class SampleChats(Sequence):
-    """`count` conversations of 1 to 3 questions in `language` ko, en or both (one each), made when indexed from
-    (seed, split, index); documents as `jaxlm.data.conversations` has them.
-    """
+class SampleChats(Sample):
+    """Conversations of 1 to 3 questions; documents as `jaxlm.data.conversations` has them."""
 
-    def __init__(self, language: str, count: int, split: str, seed: int) -> None:
-        self._language, self._count, self._split, self._seed = language, count, split, seed
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, i: int) -> Document:
-        if not -self._count <= i < self._count:
-            raise IndexError(f"the sample has {self._count} conversations, asked for {i}")
-        i = int(i) % self._count
-        # A string seeds by its SHA-512, the same on every platform and Python.
-        rng = random.Random(f"chat {self._seed} {self._language} {self._split} {i}")
-        language = rng.choice(("ko", "en")) if self._language == "both" else self._language
+    def make(self, i: int) -> Document:
+        rng, language = self.drawn("chat", i)
         messages = []
-        for fact in rng.sample(asked_facts(self._split == "held_out"), rng.randint(1, MAX_QUESTIONS)):
+        for fact in rng.sample(asked_facts(self.split == "held_out"), rng.randint(1, MAX_QUESTIONS)):
             asked, answer = question(fact, language)
             messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
         return Document(json.dumps({"messages": messages}, ensure_ascii=False), language, f"sample:{i + 1}")

@@ -4,35 +4,21 @@ Both answers are well-formed; only who knows the fact can tell them apart. The f
 """
 
 import json
-import random
-from collections.abc import Sequence
 
 from jaxlm.data.rows import Document
-from jaxlm.data.sample import question
+from jaxlm.data.sample import Sample, question
 from jaxlm.data.sample_chats import asked_facts
 
 
-class SamplePreferences(Sequence):
-    """`count` pairs in `language` ko, en or both (one each), made when indexed from (seed, split, index); documents as
-    `jaxlm.data.preference_rows` has them.
+class SamplePreferences(Sample):
+    """Pairs; documents as `jaxlm.data.preference_rows` has them.
 
         "What is the currency of Japan?"    chosen "It is the Japanese yen."    rejected "It is the euro."
     """
 
-    def __init__(self, language: str, count: int, split: str, seed: int) -> None:
-        self._language, self._count, self._split, self._seed = language, count, split, seed
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, i: int) -> Document:
-        if not -self._count <= i < self._count:
-            raise IndexError(f"the sample has {self._count} pairs, asked for {i}")
-        i = int(i) % self._count
-        # A string seeds by its SHA-512, the same on every platform and Python.
-        rng = random.Random(f"preference {self._seed} {self._language} {self._split} {i}")
-        language = rng.choice(("ko", "en")) if self._language == "both" else self._language
-        fact = rng.choice(asked_facts(self._split == "held_out"))
+    def make(self, i: int) -> Document:
+        rng, language = self.drawn("preference", i)
+        fact = rng.choice(asked_facts(self.split == "held_out"))
         # A held-out kind may have one value only, so wrong ones come from the facts to learn in either split.
         other = rng.choice([one for one in asked_facts(False) if one.kind == fact.kind and one.value != fact.value])
         asked, answer = question(fact, language)

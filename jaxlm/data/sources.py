@@ -13,6 +13,7 @@ import urllib.parse
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -21,13 +22,14 @@ import numpy as np
 from jaxlm.core.config import nearest
 from jaxlm.data.record_files import LazyRows, open_array_record, open_tfds, read_parquet
 from jaxlm.data.rows import Document, RowReader, SourceConfig
-from jaxlm.data.sample import sample_documents
+from jaxlm.data.sample import Sample, sample_documents
 from jaxlm.data.text_files import read_jsonl, read_tsv
 
 READERS = {".jsonl": read_jsonl, ".jsonl.gz": read_jsonl, ".jsonl.zst": read_jsonl, ".ndjson": read_jsonl,
            ".tsv": read_tsv, ".tsv.gz": read_tsv, ".tsv.zst": read_tsv, ".parquet": read_parquet}
 _ARRAY_RECORD = re.compile(r"\.(array_?record)(-\d{5}-of-\d{5})?$")
 DEFAULT_SAMPLE = 1000
+NO_TEXT = ("text", "source_field", "language", "language_field")  # options that only documents of text have
 PROBED_RECORDS, FINGERPRINT_DOCUMENTS = 1000, 64
 
 logger = logging.getLogger(__name__)
@@ -206,6 +208,36 @@ class PackedRows(Sequence):
         return Document(text, *self._known[self._labels[i]])
 
 
+def open_rows(
+    config: SourceConfig | Iterable[Mapping[str, Any]], *, reader: type[RowReader], sample: type[Sample], what: str,
+    max_bad_rows: int, unread: Sequence[str] = NO_TEXT, text_field: str = "text",
+) -> Source:
+    """Rows of another kind than documents: `reader` makes documents of them whose text is a row as JSON.
+
+    Args:
+      config: what names them, or rows in memory.
+      sample: the embedded ones, for `sample:ko|en|both`.
+      what: such rows are called in errors.
+      unread: options that mean nothing for them; ValueError for one that is given, and as `open_source`.
+      text_field: what `text_field` is unless it is given.
+    """
+    if not isinstance(config, SourceConfig):
+        config, rows = SourceConfig(path="memory"), config
+        reading = reader(config, max_bad_rows)
+        found = (reading.read(row, "memory", number) for number, row in enumerate(rows, 1))
+        return packed_source(config, (one for one in found if one is not None), reading)
+    for name in unread:
+        if getattr(config, name) != getattr(SourceConfig(path=config.path), name):
+            raise ValueError(f"source {config.path!r}: {name} has no effect on {what}")
+    if config.path.startswith("sample:"):
+        rows = sample(config.path.removeprefix("sample:"), config.documents or DEFAULT_SAMPLE,
+                      config.split or "train", config.seed)
+        return Source(config, rows, reader(config, max_bad_rows))
+    if config.text_field == "text":
+        config = replace(config, text_field=text_field)
+    return open_source(config, max_bad_rows=max_bad_rows, reader=reader)
+
+
 def packed_source(config: SourceConfig, documents: Iterable[Document], reader: RowReader) -> Source:
     """Documents as a source, all read now; ValueError as `open_source` says."""
     source = Source(config, PackedRows(documents), reader)
@@ -235,3 +267,13 @@ def spread(length: int, count: int) -> list[int]:
     # Multiples of the golden ratio modulo 1 (here in 32 bits) place the index within its part.
     return [start + (part * 0x9E3779B1 % 2**32 * (end - start) >> 32)
             for part, (start, end) in enumerate(itertools.pairwise(starts))]
+
+
+def check_bad(source: Source, bad: Sequence[str], max_bad_rows: int, what: str = "rows") -> int:
+    """How many rows could not be read, or were found `bad` afterwards; ValueError, with the first, for too many."""
+    unread = len(source.bad_rows)
+    if len(bad) + unread > max_bad_rows:
+        first = "".join(f"\n  {line}" for line in bad[:5]) + ("\n  ..." if len(bad) > 5 else "")
+        raise ValueError(f"{source.config.path}: {len(bad) + unread} of {len(source) + unread} {what} are bad, "
+                         f"{max_bad_rows} allowed (max_bad_rows):{first}")
+    return len(bad) + unread
