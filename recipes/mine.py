@@ -27,7 +27,8 @@ from jaxlm.core.command import run_command
 from jaxlm.core.files import replacing
 from jaxlm.core.mesh import MeshConfig, make_mesh
 from jaxlm.data.beir import beir_rows, read_beir, split_of
-from jaxlm.data.retrieval_rows import QUERY, Passage, RetrievalRow, json_lines, read_retrieval_rows
+from jaxlm.data.json_rows import read_rows
+from jaxlm.data.retrieval_rows import QUERY, Passage, RetrievalRow, read_retrieval_rows
 from jaxlm.retrieval.bm25 import bm25_index, bm25_search
 from jaxlm.retrieval.embed import Pooling
 from jaxlm.retrieval.faiss_index import IndexConfig, open_index
@@ -103,7 +104,7 @@ def answers_of(spec: str, name: str) -> dict[str, list[str]]:
         found = [(f"{folder}: query {one!r}", text, data.fields[one]) for one, text in data.queries.items()]
     else:
         found = [(f"{spec}:{number}", next((row[key] for key in QUERY if key in row), ""), row)
-                 for number, row in json_lines(Path(spec))]
+                 for number, row in read_rows(spec)]
     answers: dict[str, list[str]] = {}
     for where, query, fields in found:
         value = fields.get(name)

@@ -39,10 +39,10 @@ def test_all_forms_of_a_row_are_read(tmp_path, caplog):
 
 @pytest.mark.parametrize("line, error", [
     ("{", ":2: not JSON"),
-    ("[1]", ":2: not a JSON object but list"),
+    ("[1]", ":2: a row must be an object, got [1]"),
     ({"qery": "q", "positive": "p"}, ":2: no field 'query' (did you mean 'qery'?)"),
     ({"query": "q"}, ":2: no field 'positive'"),
-    ({"query": 1, "positive": "p"}, ":2: field 'query' must be text, got 1"),
+    ({"query": 1, "positive": "p"}, ":2: field 'query' must be a text, got 1"),
     ({"query": "q", "question": "q", "positive": "p"}, ":2: fields 'query' and 'question' mean the same"),
     ({"query": "q", "pos": ["p", 3]}, ":2: field 'pos', passage 2: must be text or an object with 'text', got 3"),
     ({"query": "q", "pos": [{"body": "p"}]}, ":2: field 'pos', passage 1: no field 'text'"),
@@ -100,7 +100,7 @@ def test_a_beir_folder_is_read(tmp_path, caplog):
     ({"qrels": QRELS[:1]}, "qrels/test.tsv: holds no judgement"),
     ({"corpus": [{"_id": "d1", "text": "x"}]}, "corpus.jsonl.gz:4: the id 'd1' is that of"),
     ({"corpus": [{"_id": "d4"}]}, "corpus.jsonl.gz:4: no field 'text'"),
-    ({"corpus": [{"_id": 4, "text": "x"}]}, "corpus.jsonl.gz:4: field '_id' must be text, got 4"),
+    ({"corpus": [{"_id": 4, "text": "x"}]}, "corpus.jsonl.gz:4: field '_id' must be a text, got 4"),
     ({"queries": [{"_id": "q4", "text": " "}], "qrels": (*QRELS, "q4\td1\t1")},
      "queries.jsonl:4: query 'q4' is judged but has no text"),
 ])

@@ -105,8 +105,9 @@ def test_damaged_and_missing_files(tmp_path):
     data[12] = 0xFF  # a kind of block that deflate does not have
     (tmp_path / "bits.jsonl.gz").write_bytes(data)
     (tmp_path / "plain.jsonl.gz").write_text("{}")
-    for damaged, message in ((path, "not a sound gzip file"), (tmp_path / "bits.jsonl.gz", "not a sound gzip file"),
-                             (tmp_path / "plain.jsonl.gz", "not a sound gzip file"),
+    sound = "not a sound gzip file"
+    for damaged, message in ((path, "ends in the middle of the gzip stream"), (tmp_path / "bits.jsonl.gz", sound),
+                             (tmp_path / "plain.jsonl.gz", sound),
                              (tmp_path / "none.jsonl", "cannot be read: No such file"),
                              (write(tmp_path / "empty.jsonl"), "holds no row")):
         with pytest.raises(ValueError, match=f"{damaged.name}: {message}"):

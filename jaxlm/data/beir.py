@@ -11,7 +11,8 @@ import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxlm.data.retrieval_rows import Passage, RetrievalRow, json_lines, text_of, titled
+from jaxlm.data.json_rows import field, read_rows
+from jaxlm.data.retrieval_rows import Passage, RetrievalRow, titled
 from jaxlm.data.text_files import numbered_lines
 
 HEADER = ("query-id", "corpus-id", "score")
@@ -44,7 +45,7 @@ def read_beir(folder: str | Path, split: str = "test") -> BeirSet:
     corpus = {name: _document(where, row) for name, (where, row) in documents.items()}
     texts: dict[bool, dict[str, str]] = {True: {}, False: {}}
     for name, (where, row) in queries.items():
-        texts[name in qrels][name] = text_of(row, "text", where)
+        texts[name in qrels][name] = field(row, "text", str, where)
         if name in qrels and not row["text"].strip():
             raise ValueError(f"{where}: query {name!r} is judged but has no text")
     fields = {name: {key: value for key, value in row.items() if key not in ("_id", "text")}
@@ -95,8 +96,8 @@ def split_of(spec: str, default: str) -> tuple[str, str]:
 
 
 def _document(where: str, row: dict[str, Any]) -> str:
-    title = text_of(row, "title", where) if row.get("title") is not None else ""
-    return titled(title, text_of(row, "text", where))
+    title = field(row, "title", str, where) if row.get("title") is not None else ""
+    return titled(title, field(row, "text", str, where))
 
 
 def _file(folder: Path, name: str) -> Path:
@@ -109,9 +110,9 @@ def _file(folder: Path, name: str) -> Path:
 
 def _by_id(path: Path) -> dict[str, tuple[str, dict[str, Any]]]:
     rows: dict[str, tuple[str, dict[str, Any]]] = {}
-    for number, row in json_lines(path):
+    for number, row in read_rows(path):
         where = f"{path}:{number}"
-        name = text_of(row, "_id", where)
+        name = field(row, "_id", str, where)
         if name in rows:
             raise ValueError(f"{where}: the id {name!r} is that of {rows[name][0]}")
         rows[name] = where, row

@@ -10,12 +10,12 @@ A line without negatives is a pair. BEIR folders: `jaxlm.data.beir`.
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxlm.data.rows import BadRow, decode_json, missing_field
-from jaxlm.data.text_files import numbered_lines
+from jaxlm.data.json_rows import field, read_rows
+from jaxlm.data.rows import missing_field
 
 QUERY = ("query", "question", "anchor")
 POSITIVE = ("positive", "positives", "pos", "positive_ctxs")
@@ -58,7 +58,7 @@ def read_retrieval_rows(path: str | Path) -> RetrievalRows:
     a wrong kind, scores that are not one a passage; and a file with no row left.
     """
     path, dropped = Path(path), Counter()
-    rows = [row for number, line in json_lines(path)
+    rows = [row for number, line in read_rows(path)
             if (row := _row(line, f"{path}:{number}", dropped)) is not None]
     if not rows:
         raise ValueError(f"{path}: no row left ({_counted(dropped)})")
@@ -67,31 +67,8 @@ def read_retrieval_rows(path: str | Path) -> RetrievalRows:
     return RetrievalRows(rows, dict(dropped))
 
 
-def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Numbered objects of a JSONL file; blank lines are skipped. ValueError names file and line."""
-    for number, line in numbered_lines(path):
-        if not line or line.isspace():
-            continue
-        try:
-            row = decode_json(line)
-        except BadRow as error:
-            raise ValueError(f"{path}:{number}: {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number}: not a JSON object but {type(row).__name__}")
-        yield number, row
-
-
-def text_of(row: Mapping[str, Any], name: str, where: str) -> str:
-    """A field that must be text."""
-    if name not in row:
-        raise ValueError(f"{where}: {missing_field(name, row)}")
-    if not isinstance(row[name], str):
-        raise ValueError(f"{where}: field {name!r} must be text, got {row[name]!r:.80}")
-    return row[name]
-
-
 def _row(line: Mapping[str, Any], where: str, dropped: Counter[str]) -> RetrievalRow | None:
-    query = text_of(line, _named(line, QUERY, where, required=True), where)
+    query = field(line, _named(line, QUERY, where, required=True), str, where)
     kept = {}
     for side, names, score_names in (("positive", POSITIVE, POSITIVE_SCORES), ("negative", NEGATIVE, NEGATIVE_SCORES)):
         name = _named(line, names, where, required=side == "positive")
@@ -131,8 +108,8 @@ def _passages(value: Any, where: str) -> list[Passage]:
         if isinstance(one, str):
             result.append(Passage(one, one))
         elif isinstance(one, dict):
-            text = text_of(one, "text", here)
-            text = titled(text_of(one, "title", here) if one.get("title") is not None else "", text)
+            text = field(one, "text", str, here)
+            text = titled(field(one, "title", str, here) if one.get("title") is not None else "", text)
             name = _named(one, PASSAGE_ID, here)
             result.append(Passage(str(one[name]) if name else text, text))
         else:

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlm.core.config import nearest
+from jaxlm.data import json_rows
+from jaxlm.data.json_rows import read_rows
 from jaxlm.data.sources import find_files
 from jaxlm.reward.call_match import match_calls
-from jaxlm.rl import json_rows
 from jaxlm.rl.demonstration import assistant
-from jaxlm.rl.json_rows import read_rows
 from jaxlm.rl.task import Task
 from jaxlm.rl.tools import Tool, schema_only
 

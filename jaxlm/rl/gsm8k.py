@@ -15,10 +15,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from jaxlm.data.json_rows import field, read_rows
 from jaxlm.reward.verify import numeric_equal
 from jaxlm.rl.arithmetic import ARITHMETIC, CALCULATOR, calculator
 from jaxlm.rl.demonstration import assistant, call_turn
-from jaxlm.rl.json_rows import field, read_rows
 from jaxlm.rl.task import Task
 
 TOOLS = {tool.name: tool for tool in (*ARITHMETIC, CALCULATOR)}

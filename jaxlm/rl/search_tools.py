@@ -9,11 +9,11 @@ import jax
 import numpy as np
 
 from jaxlm.core.mesh import MeshConfig, make_mesh
+from jaxlm.data.json_rows import field, read_rows
 from jaxlm.data.retrieval_rows import titled
 from jaxlm.retrieval.bm25 import bm25_index, bm25_scores
 from jaxlm.retrieval.embed import embed_texts, unit_length
 from jaxlm.retrieval.retriever import open_retriever
-from jaxlm.rl.json_rows import field, read_rows
 from jaxlm.rl.tools import Tool, tool_of
 
 KEYWORD_SEARCH, DENSE_SEARCH = "keyword_search", "dense_search"
