@@ -14,8 +14,8 @@ RANKS = {
     "rl": 3, "eval": 3,
 }
 # Optional extras may be imported where they are used; everything else stands at the top of its file.
-OPTIONAL = {"bm25s", "datasets", "faiss", "gguf", "mteb", "pydantic_monty", "reasoning_gym", "sentence_transformers",
-            "torch", "transformers", "trl"}
+OPTIONAL = {"bm25s", "datasets", "faiss", "gguf", "lm_eval", "mteb", "pydantic_monty", "reasoning_gym",
+            "sentence_transformers", "torch", "transformers", "trl"}
 FORBIDDEN = {"data": {"jax", "flax", "optax"}}  # loader workers stay light
 FLAX_HOME = "model"
 

@@ -38,19 +38,20 @@ class Wanted(NamedTuple):
 
 STYLES: dict[str, Style] = {
     "rewrite": Style({
-        "ko": "다음 글의 내용을 한국 독자에게 맞는 자연스럽고 정확한 한국어 글로 다시 쓰세요. 사실은 바꾸지 말고, 광고와 "
-              "메뉴처럼 내용이 없는 부분은 빼세요. 다시 쓴 글만 출력하세요.\n\n{text}\n\n다시 쓴 글:",
+        "ko": "다음 글의 내용을 한국 독자에게 맞는 자연스럽고 정확한 한국어 글로 다시 쓰세요. 사실은 바꾸지 말고, "
+              "광고와 메뉴처럼 내용이 없는 부분은 빼세요. 다시 쓴 글만 출력하세요.\n\n{text}\n\n다시 쓴 글:",
         "en": "Rewrite the content of the following text as clear, well organised English prose. Change no fact, and "
               "leave out advertisements and menus. Write the new text only.\n\n{text}\n\nNew text:"}),
     "translate": Style({
-        "ko": "다음 글을 빠짐없이 한국어로 번역하세요. 숫자와 수식은 그대로 두고 번역문만 출력하세요.\n\n{text}\n\n번역문:",
+        "ko": "다음 글을 빠짐없이 한국어로 번역하세요. 숫자와 수식은 그대로 두고 번역문만 출력하세요.\n\n{text}\n\n"
+              "번역문:",
         "en": "Translate all of the following text into English. Keep numbers and formulas as they are, and write the "
               "translation only.\n\n{text}\n\nTranslation:"}, translates=True),
     "textbook": Style({
         "ko": "다음 글의 주제를 다루는 교과서의 한 절을 한국어로 쓰세요. 개념을 정의하고, 차근차근 설명하고, 예를 하나 "
               "드세요. 본문만 출력하세요.\n\n{text}\n\n교과서 본문:",
-        "en": "Write a section of a textbook in English on the subject of the following text. Define the terms, explain "
-              "step by step and give an example. Write the section only.\n\n{text}\n\nSection:"}),
+        "en": "Write a section of a textbook in English on the subject of the following text. Define the terms, "
+              "explain step by step and give an example. Write the section only.\n\n{text}\n\nSection:"}),
     "instruction": Style({
         "ko": "다음 글을 읽고, 글로 답할 수 있는 질문 하나와 그 답변을 한국어로 쓰세요. 글이 없어도 이해할 수 있는 "
               "질문이어야 합니다. '질문:'과 '답변:'으로 시작하는 두 부분만 출력하세요.\n\n{text}\n\n",
@@ -58,11 +59,11 @@ STYLES: dict[str, Style] = {
               "must make sense without the text. Write two parts only, which begin with 'Question:' and "
               "'Answer:'.\n\n{text}\n\n"}, asks=True),
     "reasoning-translate": Style({
-        "ko": "다음 풀이를 한국어로 번역하세요. 추론의 모든 단계를 순서대로 남기고, 숫자와 LaTeX 수식과 \\boxed{{}} 안의 "
-              "답은 바꾸지 마세요. 번역한 풀이만 출력하세요.\n\n{text}\n\n번역한 풀이:",
-        "en": "Translate the following solution into English. Keep every step of the reasoning in its order, and change "
-              "no number, no LaTeX and no answer in \\boxed{{}}. Write the translated solution only.\n\n{text}\n\n"
-              "Translated solution:"}, translates=True),
+        "ko": "다음 풀이를 한국어로 번역하세요. 추론의 모든 단계를 순서대로 남기고, 숫자와 LaTeX 수식과 \\boxed{{}} "
+              "안의 답은 바꾸지 마세요. 번역한 풀이만 출력하세요.\n\n{text}\n\n번역한 풀이:",
+        "en": "Translate the following solution into English. Keep every step of the reasoning in its order, and "
+              "change no number, no LaTeX and no answer in \\boxed{{}}. Write the translated solution only."
+              "\n\n{text}\n\nTranslated solution:"}, translates=True),
 }
 
 
