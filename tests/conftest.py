@@ -24,6 +24,19 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+# Each compiled program takes some mappings of memory, of which Linux gives a process 65,530 (vm.max_map_count).
+MAPPINGS = Path("/proc/self/maps")
+MANY = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs():
+    """A process that ran many modules forgets its programs before it dies of their number."""
+    yield
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MANY:
+        jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def default_logging():
     """A recipe sets up logging for its process; other tests of this one expect the default."""
