@@ -38,6 +38,7 @@ from jaxlm.train.state import init_state
 from jaxlm.train.step import make_step
 
 PROG = "tools.bench_retrieval"
+RATE = 1e-12  # of learning: the weights of both sides stay what they are, whatever was timed before
 TOLERANCE = 1e-3  # of vectors and losses, relative to the largest: float32 sums in another order
 
 
@@ -83,13 +84,13 @@ def rows_of(config: Config) -> tuple[list[str], list[RetrievalRow]]:
 def our_step(config: Config, encoder: TextEncoder, params: Any, rows: Sequence[RetrievalRow], chunks: int
              ) -> Callable[[], float]:
     """A function that makes one step and returns its loss."""
-    mesh, tx = make_mesh(MeshConfig(data=1), jax.devices()[:1]), optax.adamw(1e-6)
+    mesh, tx = make_mesh(MeshConfig(data=1), jax.devices()[:1]), optax.adamw(RATE)
     towers = siamese(encoder)
     state = [init_state(lambda key: jax.tree.map(jnp.array, params), tx, jax.random.key(0), mesh, ENCODER_RULES)]
     batches = EncodedBatches(towers, [DataSet("bench", rows, "")],
                              RetrievalBatchConfig(batch_size=config.batch_size, num_negatives=0))
     loss = make_retrieval_loss(towers, RetrievalLossConfig(), chunks=chunks, dropout=False)
-    step = make_step(loss, tx, optax.constant_schedule(1e-6), mesh=mesh, rules=ENCODER_RULES, seed=0)
+    step = make_step(loss, tx, optax.constant_schedule(RATE), mesh=mesh, rules=ENCODER_RULES, seed=0)
 
     def once() -> float:
         state[0], metrics = step(state[0], next(batches))
@@ -105,7 +106,7 @@ def their_step(config: Config, model: Any, rows: Sequence[RetrievalRow], cached:
 
     loss = (losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=config.batch_size // config.chunks)
             if cached else losses.MultipleNegativesRankingLoss(model))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     batches = RetrievalBatches([rows], RetrievalBatchConfig(batch_size=config.batch_size, num_negatives=0))
 
     def once() -> float:
