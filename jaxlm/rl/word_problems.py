@@ -108,7 +108,7 @@ def run_program(program: Program, numbers: Mapping[str, int]) -> list[int | floa
     results: list[int | float] = []
     for step in program.steps():
         value = TOOLS[step.tool].call(**_arguments(step.arguments, numbers, results))
-        results.append(int(value) if value == int(value) else value)
+        results.append(_plain(value))
         if not NEEDS[step.need](value):
             return None
     return results
@@ -193,8 +193,11 @@ def _short(tool: str, arguments: Mapping[str, Any]) -> int | float | None:
         value = TOOLS[tool].call(**arguments)
     except ValueError:
         return None
-    if value != round(value, 3):
-        return None
+    return _plain(value) if value == round(value, 3) else None
+
+
+def _plain(value: int | float) -> int | float:
+    """A whole number as an integer."""
     return int(value) if value == int(value) else value
 
 
