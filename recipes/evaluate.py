@@ -1,11 +1,13 @@
 """Standard tasks, by lm-evaluation-harness (Gao et al.), on a model of ours: accuracies and perplexities in a table.
 
+    python -m recipes.evaluate --model runs/demo                               the embedded facts; needs no network
     python -m recipes.evaluate --model runs/demo --tasks hellaswag arc_easy --limit 100
     python -m recipes.evaluate --model MODEL --tasks kobest haerae --num-fewshot 5 --output scores.json
     python -m recipes.evaluate --model MODEL --tasks mine --tasks-path folder/    with mine.yaml there; needs no network
     python -m recipes.evaluate --model MODEL --tasks gsm8k --chat                   by the model's chat template
 
-MODEL is a run folder, a Hugging Face folder or a .gguf file. KORMo (arXiv 2510.09426) is measured on arc, boolq, copa,
+MODEL is a run folder, a Hugging Face folder or a .gguf file. The embedded tasks ask for facts of the embedded text, and
+for facts that it leaves out (`jaxlm.eval.fact_tasks`). KORMo (arXiv 2510.09426) is measured on arc, boolq, copa,
 hellaswag, mmlu, openbookqa, piqa and social_iqa, and in Korean on haerae, kobest, kmmlu and more; shot counts are
 those of the tasks unless `--num-fewshot` says otherwise. The harness fetches data sets by itself, so tasks of its own
 need a network; its own `hf` backend gives the same log-likelihoods to 1e-4. Left out: several devices; forward passes
@@ -14,10 +16,11 @@ that choices of one token could share.
 
 import json
 import logging
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +28,7 @@ import jax.numpy as jnp
 from jaxlm.core.command import run_command
 from jaxlm.core.files import replacing
 from jaxlm.data.tokenizer import JSON_NAMES_FILE
+from jaxlm.eval.fact_tasks import TASKS, write_fact_tasks
 from jaxlm.eval.harness import HarnessModel, harness_scores, open_tasks
 from jaxlm.generate.engine import Engine, EngineConfig
 from jaxlm.generate.prompts import Reader
@@ -42,7 +46,7 @@ class Config:
     """What is measured."""
 
     model: Path = Path("runs/demo")      # a run folder, a Hugging Face folder or a .gguf file
-    tasks: tuple[str, ...] = ()          # names of tasks, groups or tags; a pattern such as mmlu_* names several
+    tasks: tuple[str, ...] = tuple(TASKS)  # names of tasks, groups or tags; a pattern such as mmlu_* names several
     tasks_path: Path | None = None       # a folder with further tasks
     limit: int | None = None             # documents of each task
     num_fewshot: int | None = None       # examples before each document; default: what the task says
@@ -61,6 +65,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for wrong, message in (
+            (not self.tasks, "name tasks; lm-eval ls tasks lists them"),
             (len(set(self.tasks)) < len(self.tasks), "tasks names one twice"),
             (self.limit is not None and self.limit < 1, f"limit must be at least 1, got {self.limit}"),
             ((self.num_fewshot or 0) < 0, f"num_fewshot must not be negative, got {self.num_fewshot}"),
@@ -98,10 +103,21 @@ def make_harness_model(config: Config, opened: Pretrained) -> HarnessModel:
                         opened.config.max_positions, opened.chat, ends, config.seed)
 
 
+def measure(config: Config, opened: Pretrained) -> tuple[dict[str, Any], str]:
+    """The scores and a table of them; weights are loaded when everything else is checked."""
+    with tempfile.TemporaryDirectory() as embedded:
+        write_fact_tasks(Path(embedded), [name for name in config.tasks if name in TASKS])
+        folders = [Path(embedded), *([config.tasks_path] if config.tasks_path else [])]
+        model, manager = make_harness_model(config, opened), open_tasks(config.tasks, *folders)
+        loaded = load_weights(config.model, opened, dtype=config.dtype)
+        model = model.with_params(jax.tree.map(jnp.asarray, loaded.params))
+        return harness_scores(
+            model, config.tasks, manager, limit=config.limit, num_fewshot=config.num_fewshot, chat=config.chat,
+            system=config.system, samples=config.samples, bootstraps=config.bootstraps)
+
+
 def run(config: Config) -> None:
     """Checks everything, loads, measures."""
-    if not config.tasks:
-        raise ValueError("name --tasks; lm-eval ls tasks lists them")
     if config.output and config.output.exists() and not config.overwrite:
         raise ValueError(f"{config.output} exists; --overwrite replaces it")
     opened = open_pretrained(config.model)
@@ -109,12 +125,7 @@ def run(config: Config) -> None:
         raise ValueError(f"--model {config.model} has no tokenizer")
     if config.chat and opened.chat is None:
         raise ValueError(f"--chat: {config.model} brings no chat template")
-    model, manager = make_harness_model(config, opened), open_tasks(config.tasks, config.tasks_path)
-    loaded = load_weights(config.model, opened, dtype=config.dtype)
-    model = model.with_params(jax.tree.map(jnp.asarray, loaded.params))
-    found, table = harness_scores(
-        model, config.tasks, manager, limit=config.limit, num_fewshot=config.num_fewshot, chat=config.chat,
-        system=config.system, samples=config.samples, bootstraps=config.bootstraps)
+    found, table = measure(config, opened)
     if config.limit:
         log.warning("only %d documents of each task: no result to report", config.limit)
     print(table)

@@ -239,7 +239,8 @@ def test_faults_are_one_sentence(lm_eval, folder, tasks, tmp_path, capsys, model
 
     assert "unknown tasks: jaxlm_choise (did you mean 'jaxlm_choice'?)" in fails(
         "--tasks", "jaxlm_choise", "--tasks-path", tasks)
-    assert "name --tasks" in fails()
+    assert "name tasks" in fails("--tasks")
+    assert "unknown tasks: facts_kr (did you mean 'facts_ko" in fails("--tasks", "facts_kr", "facts_ko")
     assert "is no folder" in fails("--tasks", "a", "--tasks-path", tmp_path / "none")
     (tmp_path / "there.json").write_text("{}")
     assert "exists; --overwrite" in fails("--tasks", "a", "--output", tmp_path / "there.json")
@@ -251,6 +252,15 @@ def test_faults_are_one_sentence(lm_eval, folder, tasks, tmp_path, capsys, model
         model.loglikelihood(requests(("a", "")))
     with pytest.raises(ValueError, match="leaves no room for a prompt"):
         model.generate_until(requests(("a", {"max_gen_toks": POSITIONS})))
+
+
+def test_embedded_facts_need_no_network(lm_eval, folder, tmp_path, capsys):
+    with quiet():
+        evaluate.main(["--model", str(folder), "--tasks", "facts_ko", "facts_en_unseen", "--limit", "4",
+                       "--output", str(tmp_path / "scores.json")])
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["results"].keys() == {"facts_ko", "facts_en_unseen"} and "facts_ko" in capsys.readouterr().out
+    assert {count["effective"] for count in scores["n-samples"].values()} == {4}
 
 
 def test_without_the_package(monkeypatch):

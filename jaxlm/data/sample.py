@@ -84,6 +84,13 @@ def question(fact: Fact, language: str) -> tuple[str, str]:
     return _fill(asked, fact, language), _fill(answer, fact, language)
 
 
+def cloze(fact: Fact, language: str) -> tuple[str, str]:
+    """The first wording of a fact: up to its value, and the rest. ("The currency of Japan is ", "the Japanese yen.")"""
+    form = STATE[language][fact.kind][0]
+    begun = _fill(form[:form.index("{b")], fact, language)
+    return begun, _fill(form, fact, language).removeprefix(begun)
+
+
 @functools.cache
 def _groups(held_out: bool) -> tuple[list[list[Fact]], ...]:
     """Facts by what they are about, by kind, and by the value they share; groups of at least two."""

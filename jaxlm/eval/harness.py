@@ -256,19 +256,20 @@ def _score(model: Model, params: Any, tokens: jax.Array, targets: jax.Array, mas
     return jnp.sum(jnp.where(mask, logp, 0), axis=1), jnp.all(likeliest | ~mask, axis=1)
 
 
-def open_tasks(names: Sequence[str], folder: Path | None = None) -> Any:
+def open_tasks(names: Sequence[str], *folders: Path) -> Any:
     """The `lm_eval.tasks.TaskManager` that knows all these tasks, groups and tags; its own only where they are needed.
 
     Args:
-      folder: with task files (YAML), which win over those of the package.
+      folders: with task files (YAML), which win over those of the package.
 
     ValueError: a name that there is not, with the nearest, a folder that is none, or `lm_eval` is not installed.
     """
     tasks = _lm_eval().tasks
-    if folder is not None and not folder.is_dir():
-        raise ValueError(f"tasks_path {folder} is no folder")
-    paths = {} if folder is None else {"include_path": str(folder)}
-    if folder is not None:
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"tasks_path {folder} is no folder")
+    paths = {"include_path": [str(folder) for folder in folders]} if folders else {}
+    if folders:
         manager = tasks.TaskManager(include_defaults=False, **paths)
         if all(name in manager.all_tasks for name in names):
             return manager
@@ -301,6 +302,7 @@ def harness_scores(model: HarnessModel, tasks: Sequence[str], manager: Any, *, l
 def _lm_eval() -> ModuleType:
     try:
         import lm_eval
+        import lm_eval.api.model
         import lm_eval.tasks
         import lm_eval.utils
     except ImportError:
