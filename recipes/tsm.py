@@ -18,14 +18,11 @@ authors' training files, which are not public, and choosing checkpoints by dev a
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from jaxlm.core.command import run_command
+from jaxlm.core.command import run_command, run_recipe, run_training_recipe
 from jaxlm.core.files import replacing
 from jaxlm.data.beir import BeirSet, read_beir, split_of
 from jaxlm.data.beir_files import shorten, write_beir
@@ -102,17 +99,6 @@ def as_set(corpus: Mapping[str, str], questions: Sequence[Question]) -> BeirSet:
                    {one.id: {"specifier": one.group} for one in questions}, 0)
 
 
-def command(recipe: str, result: Path, *arguments: object) -> None:
-    """Runs a recipe in a process of its own, unless its result is there. ValueError if it fails."""
-    if result.exists():
-        log.info("%s is there", result)
-        return
-    line = [sys.executable, "-m", f"recipes.{recipe}", *map(str, arguments)]
-    log.info("$ %s", " ".join(["python", *line[1:]]))
-    if subprocess.run(line, check=False, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}).returncode:
-        raise ValueError(f"recipes.{recipe} failed, see above; the same command goes on from here")
-
-
 def prepare(config: Config) -> dict[str, Path]:
     """The base as an export, the test sets and the rows of every specifier; returns the test sets by name."""
     folder, base = config.own(), config.own() / "base"
@@ -133,7 +119,7 @@ def prepare(config: Config) -> dict[str, Path]:
         write_beir(folder / "data" / name, data, "test")
     write_beir(folder / "data/train", as_set(corpus, everything["train"]), "train")
     mined = folder / "data/mined.jsonl"
-    command("mine", mined, "--model", base, "--data", folder / "data/train", "--output", mined,
+    run_recipe("mine", mined, "--model", base, "--data", folder / "data/train", "--output", mined,
             "--mine.num-negatives", config.negatives)
     write_rows(config, mined, everything["train"])
     return {name: folder / "data" / name for name in sets}
@@ -163,12 +149,11 @@ def rows_of(config: Config, specifier: str) -> Path:
 def train(config: Config, name: str, files: Sequence[Path], steps: int) -> Path:
     """A model from the base; returns its export."""
     folder = config.own() / "models" / name
-    started = (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir())
-    command("train_retriever", folder / "exported", "--init", config.own() / "base", "--data.train", *files,
-            "--batch.batch-size", config.batch_size, "--batch.num-negatives", config.negatives, "--loop.steps", steps,
-            "--loss.temperature", config.temperature, "--loss.similarity", config.similarity, "--optim.lr", config.lr,
-            "--max-length", config.max_length, "--seed", config.seeds[0], "--batch.seed", config.seeds[0],
-            "--folder", folder, "--resume" if started else "--overwrite")
+    run_training_recipe(
+        "train_retriever", folder, folder / "exported", "--init", config.own() / "base", "--data.train", *files,
+        "--batch.batch-size", config.batch_size, "--batch.num-negatives", config.negatives, "--loop.steps", steps,
+        "--loss.temperature", config.temperature, "--loss.similarity", config.similarity, "--optim.lr", config.lr,
+        "--max-length", config.max_length, "--seed", config.seeds[0], "--batch.seed", config.seeds[0])
     return folder / "exported"
 
 
@@ -179,11 +164,11 @@ def make_models(config: Config) -> dict[str, Path]:
                    for name, path in zip(SPECIFIERS, files, strict=True)}
     joint = train(config, "joint", files, config.steps * len(SPECIFIERS))
     merged = config.own() / "models/merged"
-    command("merge", merged, "--models", *specialists.values(), "--target", merged)
+    run_recipe("merge", merged, "--models", *specialists.values(), "--target", merged)
     line = {}
     for share in config.line:
         line[f"line_{share:g}"] = target = config.own() / f"models/line_{share:g}"
-        command("merge", target, "--models", base, merged, "--merge.weights", 1 - share, share, "--target", target)
+        run_recipe("merge", target, "--models", base, merged, "--merge.weights", 1 - share, share, "--target", target)
     return {"base": base, "joint": joint, "merged": merged, **line, **specialists}
 
 
@@ -193,7 +178,7 @@ def measure(config: Config, models: Mapping[str, Path], sets: Mapping[str, Path]
     for name, folder in sets.items():
         output = config.own() / "results" / name
         grouped = ("--group", "specifier") if name in ("temporal", "plain") else ()
-        command("evaluate_retrieval", output / "measures.json", "--data", folder, "--models", *models.values(),
+        run_recipe("evaluate_retrieval", output / "measures.json", "--data", folder, "--models", *models.values(),
                 "--measures", *MEASURES, *grouped, "--output", output)
         qrels = read_beir(folder, "test").qrels
         found[name] = {model: evaluate_run(read_run(output / f"{number}_{path.name}.trec"), qrels, MEASURES)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxlm.core import command
 from jaxlm.data.beir import BeirSet
 from jaxlm.data.beir_files import write_beir
 from jaxlm.data.time_specifiers import SPECIFIERS
@@ -42,7 +43,7 @@ def called(monkeypatch):
         save_text_encoder(f"{options['--folder']}/exported", encoder, pushed, architecture="bert")
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(tsm.subprocess, "run", run)
+    monkeypatch.setattr(command.subprocess, "run", run)
     return found
 
 
@@ -96,7 +97,7 @@ def test_questions_of_a_folder_split_by_page(tmp_path):
 
 
 def test_errors(base, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tsm.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 2))
+    monkeypatch.setattr(command.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 2))
     for flags, message in (([], "--init names the base"),
                            (["--init", str(base), "--entities", "3"], "entities must be"),
                            (["--init", str(base), "--entities", "10"], "recipes.mine failed"),

@@ -1,12 +1,19 @@
-"""A recipe as a program: logging, flags, and the errors of its user in one sentence."""
+"""A recipe as a program, with its logging, flags and errors; and recipes that run others, each in its own process."""
 
+import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from jaxlm.core import config as flags
 from jaxlm.core.log import setup_logging
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 def run_command(
@@ -24,3 +31,23 @@ def run_command(
         flags.fail(error, prog)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def run_recipe(recipe: str, result: Path, *arguments: object) -> None:
+    """Runs `python -m recipes.RECIPE ARGUMENTS` in a process of its own, unless its result is there.
+
+    ValueError if it fails; what it says itself has been printed.
+    """
+    if result.exists():
+        log.info("%s is there", result)
+        return
+    line = [sys.executable, "-m", f"recipes.{recipe}", *map(str, arguments)]
+    log.info("$ %s", " ".join(["python", *line[1:]]))
+    if subprocess.run(line, check=False, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}).returncode:
+        raise ValueError(f"recipes.{recipe} failed, see above; the same command goes on from here")
+
+
+def run_training_recipe(recipe: str, folder: Path, result: Path, *arguments: object) -> None:
+    """`run_recipe` of a training run in `folder`: one that was interrupted goes on from its last checkpoint."""
+    started = (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir())
+    run_recipe(recipe, result, *arguments, "--folder", folder, "--resume" if started else "--overwrite")
