@@ -66,7 +66,7 @@ class Config:
     merge: MergeConfig = field(default_factory=MergeConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     architecture: Literal["llama", "mistral", "qwen2", "qwen3", "gemma", "kormo"] = "llama"  # names for run folders
-    max_shard_gb: float = 1.0           # size of a written file, which is held in memory while it is filled
+    max_shard_gb: float = 1.0           # size of a written file at most
     overwrite: bool = False             # replace an earlier merge in `target`
 
     def __post_init__(self) -> None:

@@ -211,16 +211,16 @@ def test_a_full_disk_leaves_no_half_model(existing, tmp_path, monkeypatch):
     folder, params = tmp_path / "model", random_params(TINY)
     if existing:
         save_hf(folder, TINY, params, architecture="llama")
-    written = []
+    written, write_shard = [], safetensors_io.write_shard
 
-    def save_two_shards(arrays, path):
+    def write_two_shards(path, specs, tensors):
         if len(written) == 2:
             path.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         written.append(path)
-        save_file(arrays, path)
+        write_shard(path, specs, tensors)
 
-    monkeypatch.setattr(safetensors_io, "save_shard", save_two_shards)
+    monkeypatch.setattr(safetensors_io, "write_shard", write_two_shards)
     with pytest.raises(OSError, match="No space left"):
         save_hf(folder, TINY, jax.tree.map(np.zeros_like, params), architecture="llama", max_shard_bytes=2000,
                 overwrite=True)

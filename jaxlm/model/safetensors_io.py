@@ -12,10 +12,11 @@ from typing import NamedTuple
 import ml_dtypes  # noqa: F401  numpy learns the name bfloat16 here, which safetensors looks up
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16")  # stored number formats that are read
+WRITTEN = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
+           "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}  # numpy's names in safetensors
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # Files of a tokenizer, and of the modules that sentence-transformers puts behind a model: they may lie beside weights.
@@ -91,7 +92,7 @@ def write_checkpoint(
     folder: Path, specs: Mapping[str, tuple[tuple[int, ...], np.dtype]], tensors: Iterable[tuple[str, np.ndarray]],
     *, max_shard_bytes: int,
 ) -> None:
-    """Writes tensors in the order of `specs`, their shapes and types; at most one shard and one tensor are in memory.
+    """Writes tensors in the order of `specs`, their shapes and types, as they come: one of them is in memory.
 
     A tensor larger than `max_shard_bytes` gets a shard of its own. Raises OSError when the disk is full.
     """
@@ -106,27 +107,35 @@ def write_checkpoint(
     stream, weight_map = iter(tensors), {}
     for i, shard in enumerate(shards):
         file = SINGLE if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        arrays = {}
-        for name in shard:
-            streamed, array = next(stream)
-            shape, dtype = specs[name]
-            assert streamed == name and array.shape == tuple(shape)
-            # safetensors stores the buffer as it lies in memory, whatever the strides say.
-            arrays[name] = np.ascontiguousarray(array, dtype)
-        save_shard(arrays, folder / file)
+        write_shard(folder / file, {name: specs[name] for name in shard}, stream)
         weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         total = {"total_size": sum(sum(shard.values()) for shard in shards)}
         write_json({"metadata": total, "weight_map": weight_map}, folder / INDEX)
 
 
-def save_shard(arrays: dict[str, np.ndarray], path: Path) -> None:
-    """One safetensors file, marked as transformers expects it."""
-    try:
-        save_file(arrays, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}") from None
-    path.chmod(path.parent.stat().st_mode & 0o666)  # the library writes 0600; take what the umask left the folder
+def write_shard(
+    path: Path, specs: Mapping[str, tuple[tuple[int, ...], np.dtype]], tensors: Iterator[tuple[str, np.ndarray]],
+) -> None:
+    """One safetensors file, marked as transformers expects it, of the next tensors of a stream.
+
+    The library writes a file of arrays that are all there. Shapes and types say where each will lie, so here the header
+    (8 bytes of its length, JSON, spaces up to a multiple of 8) goes first and every tensor behind it once it is made.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (shape, dtype) in specs.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": WRITTEN[dtype.name], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, (shape, dtype) in specs.items():
+            streamed, array = next(tensors)
+            assert streamed == name and array.shape == tuple(shape)
+            # Stored is the buffer in row-major order, whatever the strides say.
+            file.write(np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8).data)
 
 
 def write_json(values: object, path: Path) -> None:
