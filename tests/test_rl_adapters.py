@@ -101,6 +101,16 @@ def test_a_killed_run_goes_on_bit_for_bit(flags_of, whole, tmp_path, monkeypatch
     assert records(folder)[-1]["kl_k3"] == records(whole)[-1]["kl_k3"]
 
 
+def test_adapters_learn_the_same_on_an_fsdp_mesh(flags_of, whole, tmp_path):
+    """Merging, sampling, scoring by the base and the update, with every weight spread over four devices."""
+    rl_distill.main([*flags_of(tmp_path), "--loop.iterations", "2", "--loop.eval-every", "2", "--mesh.data", "2",
+                     "--mesh.fsdp", "4"])
+    for spread, plain in zip(records(tmp_path), records(whole)[:2], strict=True):
+        assert spread["step"] == plain["step"]
+        for name in ("reward", "loss", "grad_norm", "length"):
+            assert spread[name] == pytest.approx(plain[name], rel=2e-3, abs=1e-5), name
+
+
 def test_what_a_run_saved_is_read_merged(whole, tmp_path):
     """By `recipes.convert` and by the next run, which puts new adapters beside it and has no second copy of it."""
     plain = named_leaves(lora.merge(trained(whole)))

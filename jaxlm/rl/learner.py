@@ -48,6 +48,7 @@ from jaxlm.train.step import Metrics, Step, Trainable, make_step
 log = logging.getLogger(__name__)
 
 _SAMPLER_METRICS = jax.jit(sampler_metrics)
+_GROUP_STATS = jax.jit(group_stats, static_argnums=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,18 +189,22 @@ class PolicyLearner:
             reference = base_params(params)
         ref = [self._other(self.policy, reference, rows) for rows in parts]
         teacher = [self._other(*(self.teacher or (None, None)), rows) for rows in parts]
+        # Each stage is waited for: with several CPU devices a small program that waits for its inputs holds threads
+        # that the collectives of the program before it need, and both stand still.
+        old, ref, teacher = jax.block_until_ready((old, ref, teacher))
         rewards = jnp.asarray(scored.reward.reward)
         for rows, (logp, _), ref_logp in zip(parts, old, ref, strict=True):
-            rewards = self._penalise(rows, rewards, logp, ref_logp)
+            rewards = jax.block_until_ready(self._penalise(rows, rewards, logp, ref_logp))
         terms = jnp.stack([jnp.asarray(term) for term in scored.reward.terms.values()], axis=1)
         groups = jnp.array([one.group for one in episodes], jnp.int32)
         advantage = self._advantages(rewards, jnp.array(self.scene.weights), terms, groups, num_groups)
-        stats = group_stats(rewards, groups, num_groups)
+        stats = _GROUP_STATS(rewards, groups, num_groups)
         values |= {"groups/equal": float(stats.equal.mean()), "groups/std": float(stats.std.mean()),
                    "groups/count": num_groups}
         value = None if advantage is None else advantage.value
         batches = [self._learn(rows, rewards, value, logp, ref_logp, teacher_logp, values_)
                    for rows, (logp, values_), ref_logp, teacher_logp in zip(parts, old, ref, teacher, strict=True)]
+        batches = jax.block_until_ready(batches)
         rows, batch = (jax.tree.map(lambda *x: jnp.concatenate(x), *whole) for whole in (parts, batches))
         values |= {name: float(x) for name, x in _SAMPLER_METRICS(rows, batch).items()}
         # Equal rewards teach nothing by themselves; a teacher's scores of tokens may.
