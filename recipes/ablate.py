@@ -64,16 +64,10 @@ class Config:
 
 
 def measure(config: Config, name: str, flags: Sequence[str], seed: int) -> dict[str, float]:
-    """The measures of a run, which is made if it is not there; ValueError if it was made with other flags."""
+    """The measures of a run, which is made if it is not there."""
     folder = config.folder / name / f"seed_{seed}"
-    kept, scores = folder / "ablation.json", folder / "task_scores.json"
-    made = {"recipe": config.recipe, "flags": list(flags)}
-    if kept.exists() and (then := json.loads(kept.read_bytes())) != made:
-        raise ValueError(f"{folder} was made with {shlex.join(then['flags'])}, not with {shlex.join(flags)}; delete it "
-                         "or name another --folder")
-    run_training_recipe(config.recipe, folder, kept, *flags, "--seed", seed)
-    with replacing(kept) as scratch:
-        scratch.write_text(json.dumps(made), encoding="utf-8")
+    scores = folder / "task_scores.json"
+    run_training_recipe(config.recipe, folder, *flags, "--seed", seed)
     found: dict[str, float] = {}
     for record in read_metrics(folder / "metrics.jsonl"):
         found |= {key.removeprefix("eval/"): value for key, value in record.items() if key.startswith("eval/")}

@@ -65,7 +65,7 @@ def test_runs_are_made_once_and_summarised(called, tmp_path, capsys):
     flags[2:4] = ["plain=", "fast=--optim.lr 2"]
     with pytest.raises(SystemExit):
         ablate.main([*flags, "1"])
-    assert "was made with --preset smoke --optim.lr 1, not with" in capsys.readouterr().err
+    assert "seed_1 was made by recipes.pretrain --preset smoke --optim.lr 1 --seed 1, not by" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_goes_on(called, tmp_path):

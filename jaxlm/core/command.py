@@ -1,7 +1,9 @@
 """A recipe as a program, with its logging, flags and errors; and recipes that run others, each in its own process."""
 
+import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from jaxlm.core import config as flags
+from jaxlm.core.files import replacing
 from jaxlm.core.log import setup_logging
 
 T = TypeVar("T")
@@ -47,7 +50,16 @@ def run_recipe(recipe: str, result: Path, *arguments: object) -> None:
         raise ValueError(f"recipes.{recipe} failed, see above; the same command goes on from here")
 
 
-def run_training_recipe(recipe: str, folder: Path, result: Path, *arguments: object) -> None:
-    """`run_recipe` of a training run in `folder`: one that was interrupted goes on from its last checkpoint."""
+def run_training_recipe(recipe: str, folder: Path, *arguments: object) -> None:
+    """`run_recipe` of a training run in `folder`: one that was interrupted goes on from its last checkpoint.
+
+    The command of a run that ended is kept in `folder`; ValueError if the run that is there was made with another.
+    """
+    kept, made = folder / "command.json", {"recipe": recipe, "flags": [str(one) for one in arguments]}
+    if kept.exists() and (then := json.loads(kept.read_bytes())) != made:
+        raise ValueError(f"{folder} was made by recipes.{then['recipe']} {shlex.join(then['flags'])}, not by "
+                         f"recipes.{recipe} {shlex.join(made['flags'])}; delete it or name another --folder")
     started = (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir())
-    run_recipe(recipe, result, *arguments, "--folder", folder, "--resume" if started else "--overwrite")
+    run_recipe(recipe, kept, *arguments, "--folder", folder, "--resume" if started else "--overwrite")
+    with replacing(kept) as scratch:
+        scratch.write_text(json.dumps(made), encoding="utf-8")
