@@ -36,7 +36,11 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A Llama-style decoder: pre-norm, RMSNorm, rotary positions, grouped-query attention, gated MLP."""
+    """A Llama-style decoder: RMSNorm, rotary positions, grouped-query attention, gated MLP.
+
+    Layers are pre-norm, `x + f(norm(x))`. With Mix-LN (Li et al. 2024, arXiv:2412.13795) the first ones are post-norm,
+    `norm(x + f(x))`; the paper and KORMo's ablation take a quarter of them. The norm at the end is there either way.
+    """
 
     vocab_size: int
     d_model: int
@@ -57,6 +61,8 @@ class ModelConfig:
     norm_offset: float = 0.0        # Gemma: 1, the norm multiplies by offset + stored weight
     window: int | None = None       # Mistral: a key is seen iff q_position - k_position < window
     init_std: float = 0.02
+    post_norm_layers: int = 0       # Mix-LN: how many layers, from the first one; all of them is the post-norm model
+    mtp_depth: int = 0              # multi-token prediction (`mtp`): how many tokens beyond the next one are predicted
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff",
@@ -69,6 +75,11 @@ class ModelConfig:
             raise ValueError(f"head_dim {self.head_dim} is odd, but rotary positions turn pairs of channels")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be positive or None, got {self.window}")
+        if not 0 <= self.post_norm_layers <= self.num_layers:
+            raise ValueError(f"post_norm_layers must be 0 (pre-norm) to num_layers {self.num_layers} (post-norm), got "
+                             f"{self.post_norm_layers}")
+        if self.mtp_depth < 0:
+            raise ValueError(f"mtp_depth must not be negative, got {self.mtp_depth}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,27 +102,34 @@ class ComputeConfig:
 
 
 def num_parameters(config: ModelConfig) -> int:
-    """Stored parameters; a tied embedding counts once."""
+    """Stored parameters; a tied embedding counts once.
+
+    A depth of multi-token prediction has a layer, a projection [2D, D] and three norms.
+    """
     c = config
     heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     attention = c.d_model * (2 * heads + 2 * kv_heads)
     attention += c.qkv_bias * (heads + 2 * kv_heads) + c.qk_norm * 2 * c.head_dim
     layer = attention + 3 * c.d_model * c.d_ff + 2 * c.d_model
-    return c.num_layers * layer + c.d_model + c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2)
+    depth = layer + 2 * c.d_model**2 + 3 * c.d_model
+    return (c.num_layers * layer + c.mtp_depth * depth + c.d_model
+            + c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2))
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Training FLOPs (forward and backward) per token of a causal row of `seq_len` tokens.
 
-        6 * (parameters without the input embedding) + 12 * L * N * H * keys
+        6 * (parameters without the input embedding + K * V * D) + 12 * (L + K) * N * H * keys
 
     A parameter costs 2 forward and 4 backward; the embedding look-up costs nothing, the vocabulary product counts
     (also when tied). A query sees `keys` = T/2 on average (w - w^2/2T with a window w < T), at 2 * 2 * H forward
     for scores and values. Causal masking is therefore counted half, unlike PaLM appendix B (arXiv:2204.02311);
-    packing, remat and work on masked scores are not counted.
+    packing, remat and work on masked scores are not counted. Each of K depths of multi-token prediction has a layer
+    and multiplies by the shared head once more; what does not train it (decoding, a loss without it) costs less.
     """
     c = config
     matmul = num_parameters(c) - (0 if c.tie_embeddings else c.vocab_size * c.d_model)
+    matmul += c.mtp_depth * c.vocab_size * c.d_model
     window = min(seq_len, c.window or seq_len)
     keys = window - window**2 / (2 * seq_len)
-    return 6.0 * matmul + 12.0 * c.num_layers * c.num_heads * c.head_dim * keys
+    return 6.0 * matmul + 12.0 * (c.num_layers + c.mtp_depth) * c.num_heads * c.head_dim * keys

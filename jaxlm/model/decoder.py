@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from jaxlm.core.mesh import constrain, split_axes
+from jaxlm.model import mtp
 from jaxlm.model.attention import attention
 from jaxlm.model.attention_cached import cached_attention
 from jaxlm.model.cache import Cache, append, cached_view, stored
@@ -85,21 +87,37 @@ class SelfAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """`h = x + attention(norm(x)); h + mlp(norm(h))`, and the new keys and values if there is a cache."""
+    """`h = x + attention(norm(x)); h + mlp(norm(h))`, and the new keys and values if there is a cache.
+
+    Where `post` (a scalar bool; None: never) it is `h = norm(x + attention(x)); norm(h + mlp(h))`, of the same norms.
+    """
 
     config: ModelConfig
     compute: ComputeConfig
 
     @nn.compact
-    def __call__(self, x_BTD, cache, context):
+    def __call__(self, x_BTD, cache, context, post=None):
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
         decoding = cache is not None
-        y_BTD = RMSNorm(c.norm_eps, c.norm_offset, dtype, name="attention_norm")(x_BTD)
+        attention_norm = RMSNorm(c.norm_eps, c.norm_offset, dtype, name="attention_norm")
+        mlp_norm = RMSNorm(c.norm_eps, c.norm_offset, dtype, name="mlp_norm")
+        y_BTD = _before(attention_norm, x_BTD, post)
         y_BTD, new = SelfAttention(c, self.compute, name="attention")(y_BTD, cache, context)
-        x_BTD = x_BTD + y_BTD
-        y_BTD = RMSNorm(c.norm_eps, c.norm_offset, dtype, name="mlp_norm")(x_BTD)
+        x_BTD = _after(attention_norm, x_BTD + y_BTD, post)
+        y_BTD = _before(mlp_norm, x_BTD, post)
         y_BTD = MLP(c, dtype, activations(decoding, "tensor"), name="mlp")(y_BTD)
-        return constrain(x_BTD + y_BTD, activations(decoding)), new
+        x_BTD = _after(mlp_norm, x_BTD + y_BTD, post)
+        return constrain(x_BTD, activations(decoding)), new
+
+
+def _before(norm: RMSNorm, x: jax.Array, post: jax.Array | None) -> jax.Array:
+    """What a sublayer reads."""
+    return norm(x) if post is None else jnp.where(post, x, norm(x))
+
+
+def _after(norm: RMSNorm, x: jax.Array, post: jax.Array | None) -> jax.Array:
+    """What a sublayer leaves, of its sum with the residual."""
+    return x if post is None else jnp.where(post, norm(x), x)
 
 
 class Decoder(nn.Module):
@@ -124,17 +142,25 @@ class Decoder(nn.Module):
             block, new = Block(c, self.compute, parent=None), []
             for i, params in enumerate(stack):
                 layer = jax.tree.map(lambda leaf, i=i: leaf[i], cache)
-                x_BTD, new_of_layer = block.apply({"params": params}, x_BTD, layer, context)
+                post = None if i >= c.post_norm_layers else jnp.asarray(True)
+                x_BTD, new_of_layer = block.apply({"params": params}, x_BTD, layer, context, post)
                 new.append(new_of_layer)
             return final_norm(x_BTD), jax.tree.map(lambda *parts: jnp.stack(parts), *new)
-        policy = REMAT_POLICIES[self.compute.remat]
+        # Which layers are post-norm, only where there are any: a pre-norm model is not to pay for the choice.
+        post = (jnp.arange(c.num_layers) < c.post_norm_layers,) if c.post_norm_layers else ()
         # Inside a scan nothing can be merged with its recomputation, so the barrier against that is left out.
-        block = nn.remat(Block, policy=policy, prevent_cse=False) if policy else Block
         layers = nn.scan(
-            block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast),
-            length=c.num_layers, unroll=min(self.compute.scan_unroll, c.num_layers))
-        x_BTD, new = layers(c, self.compute, name="layers")(x_BTD, cache, context)
+            _rematted(self.compute, prevent_cse=False), variable_axes={"params": 0}, split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, *(0 for _ in post)), length=c.num_layers,
+            unroll=min(self.compute.scan_unroll, c.num_layers))
+        x_BTD, new = layers(c, self.compute, name="layers")(x_BTD, cache, context, *post)
         return final_norm(x_BTD), new
+
+
+def _rematted(compute: ComputeConfig, *, prevent_cse: bool) -> type[nn.Module]:
+    """The layer, with its recomputation in the backward pass."""
+    policy = REMAT_POLICIES[compute.remat]
+    return nn.remat(Block, policy=policy, prevent_cse=prevent_cse) if policy else Block
 
 
 @dataclass(frozen=True)
@@ -145,7 +171,10 @@ class Model:
     compute: ComputeConfig
 
     def init(self, key: jax.Array) -> dict[str, Any]:
-        """Float32 parameters: kernels and embedding N(0, init_std), norms identity, biases 0. May be jitted."""
+        """Float32 parameters: kernels and embedding N(0, init_std), norms identity, biases 0. May be jitted.
+
+        Those of multi-token prediction lie under `mtp` and leave the others as they would be without them.
+        """
         c = self.config
         body, head = jax.random.split(key)
         # One token per device of the context's mesh, both ways: the sharding constraints on activations must divide.
@@ -156,6 +185,11 @@ class Model:
         if not c.tie_embeddings:
             kernel_DV = c.init_std * jax.random.normal(head, (c.d_model, c.vocab_size))
             params = {**params, "head": {"kernel": kernel_DV}}
+        if c.mtp_depth:
+            h_BTD = jnp.zeros((size, size, c.d_model))
+            next_KBTD = jnp.zeros((c.mtp_depth, *h_BTD.shape))
+            module = mtp.depths(c, ComputeConfig(), Block)
+            params = {**params, mtp.NAME: module.init(jax.random.fold_in(body, 1), h_BTD, next_KBTD, context)["params"]}
         return params
 
     def head(self, params: dict[str, Any]) -> jax.Array:
@@ -180,7 +214,8 @@ class Model:
         `tree` [B, T, T] bool: which of the T tokens each one sees (itself too) where they are no chain but a tree
         of guesses: a token stands at position `cache.length + (tokens it sees) - 1`.
 
-        `logits=False` leaves the vocabulary product to the caller (see `head`).
+        `logits=False` leaves the vocabulary product to the caller (see `head`). Multi-token prediction has no part in
+        this: see `ahead`.
 
         Raises ValueError: tokens, positions, segments or tree of a wrong shape or type, more tokens than
         `config.max_positions` without positions, a cache of another model or batch.
@@ -202,6 +237,32 @@ class Model:
         if cache is not None:
             cache = append(cache, new)
         return Output(self._logits(params, hidden) if logits else None, hidden, cache)
+
+    def ahead(self, params: dict[str, Any], hidden: jax.Array, following: jax.Array, *,
+              positions: jax.Array | None = None, segments: jax.Array | None = None) -> jax.Array:
+        """Hidden states of multi-token prediction, [K, B, T, D]: entry k-1 times `head` are logits of token t+k+1.
+
+        Args:
+          hidden: of `apply` with the same parameters, positions and segments.
+          following: [K, B, T], token t+k in entry k-1. Where t+k lies in another document any token will do: no
+            position of this document whose t+k+1 is in it too sees the result.
+
+        Raises ValueError: a model without multi-token prediction, arrays of a wrong shape.
+        """
+        c = self.config
+        if not c.mtp_depth:
+            raise ValueError("this model has no multi-token prediction: mtp_depth is 0")
+        if following.shape != (c.mtp_depth, *hidden.shape[:2]) or not jnp.issubdtype(following.dtype, jnp.integer):
+            raise ValueError(f"following must be integers of shape {(c.mtp_depth, *hidden.shape[:2])}, got "
+                             f"{following.dtype} of shape {following.shape}")
+        at = jnp.arange(hidden.shape[1])[None] if positions is None else positions
+        context = Context(*rope_tables(at, c), segments, positions)
+        # Not times sqrt(D) where the decoder does that: a norm follows.
+        embed = Embedding(c.vocab_size, c.d_model, c.init_std, hidden.dtype)
+        next_KBTD = constrain(embed.apply({"params": params["embed"]}, following), P(None, *activations(False)))
+        # The compiler takes a scan of one depth apart, so here a recomputation could be merged.
+        module = mtp.depths(c, self.compute, _rematted(self.compute, prevent_cse=True))
+        return module.apply({"params": params[mtp.NAME]}, hidden, next_KBTD, context)[1]
 
     def _logits(self, params, hidden_BTD) -> jax.Array:
         tied = self.config.tie_embeddings

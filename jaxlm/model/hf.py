@@ -1,5 +1,6 @@
 """Hugging Face checkpoints: safetensors to a parameter tree and back, by tables of names."""
 
+import logging
 import math
 import re
 import shutil
@@ -21,6 +22,8 @@ from jaxlm.model.safetensors_io import COMPANIONS, DTYPES, new_folder, open_chec
 
 Shape = tuple[int, ...]
 Put = Callable[[str, np.ndarray], Any]
+
+log = logging.getLogger(__name__)
 
 
 class Transform(NamedTuple):
@@ -214,14 +217,19 @@ def save_hf(
       token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id` for `config.json`.
       files: of a tokenizer, copied beside the weights. overwrite: replaces an earlier export.
 
-    The folder appears whole or not at all, and an earlier export stays as it was until then. Raises ValueError for
-    what the architecture cannot express and for a tree that does not fit `config`, OSError when the disk is full.
+    The folder appears whole or not at all, and an earlier export stays as it was until then. Parameters of multi-token
+    prediction are left out, and the log says so: no architecture has a place for them, and nothing else reads them.
+    Raises ValueError for what the architecture cannot express (post-norm layers, for one) and for a tree that does not
+    fit `config`, OSError when the disk is full.
     """
     check_written(dtype, files)
     if vocab_size is not None and not 0 < vocab_size <= config.vocab_size:
         raise ValueError(f"vocab_size must be 1 to {config.vocab_size}, got {vocab_size}")
     leaves = fitting_leaves(params, leaf_shapes(config))
-    config = replace(config, vocab_size=vocab_size or config.vocab_size)
+    if config.mtp_depth:
+        log.warning("%s: the parameters of multi-token prediction (mtp_depth %d) are not exported, the decoder is",
+                    folder, config.mtp_depth)
+    config = replace(config, vocab_size=vocab_size or config.vocab_size, mtp_depth=0)
     values = to_hf_config(config, architecture, dtype=dtype, token_ids=token_ids)
     plan = _hf_slots(config, architecture)
     write_model(Path(folder), plan, leaves, values, files, dtype, max_shard_bytes=max_shard_bytes, overwrite=overwrite)

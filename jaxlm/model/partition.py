@@ -28,9 +28,9 @@ PARAM_RULES: Rules = (
     (r"attention/(query|key|value)/bias$", P(None, "tensor", None)),                        # [L, N or K, H]
     (r"attention/out/kernel(/numbers)?$", P(None, "tensor", None, "fsdp")),                 # [L, N, H, D]
     (r"attention/(query_norm|key_norm)/scale$", P()),                                       # [L, H]
-    (r"mlp/(gate|up)/kernel(/numbers)?$", P(None, "fsdp", "tensor")),                       # [L, D, F]
+    (r"(mlp/(gate|up)|mtp/project)/kernel(/numbers)?$", P(None, "fsdp", "tensor")),         # [L, D, F]; [L, 2D, D]
     (r"mlp/down/kernel(/numbers)?$", P(None, "tensor", "fsdp")),                            # [L, F, D]
-    (r"(attention_norm|mlp_norm|final_norm|kernel|embedding)/scale$", P()),                 # [L, D] or [D]
+    (r"(attention_norm|mlp_norm|final_norm|mtp/(hidden|token)_norm|kernel|embedding)/scale$", P()),  # [L, D] or [D]
 )
 # Of encoders, whose attention and MLP are split as above.
 ENCODER_RULES: Rules = (

@@ -1,4 +1,7 @@
-"""Next-token cross-entropy: arrays in, per-token losses out. Reduction is `core.masked.aggregate`."""
+"""Next-token cross-entropy: arrays in, per-token losses out. Reduction is `core.masked.aggregate`.
+
+And what multi-token prediction predicts: batches in, the tokens further ahead out.
+"""
 
 from typing import NamedTuple
 
@@ -6,6 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from jaxlm.core.batch import LMBatch
 from jaxlm.core.matmul import matmul
 from jaxlm.objective.chunks import map_chunks
 
@@ -53,3 +57,43 @@ def chunked_cross_entropy(
         return cross_entropy(matmul(hidden, head, jnp.float32), targets)
 
     return map_chunks(one, (hidden, targets), (head,), num_chunks)
+
+
+class Ahead(NamedTuple):
+    """What multi-token prediction reads and predicts, each [K, B, T]; depth k is entry k-1."""
+
+    following: jax.Array  # int32, token t+k
+    targets: jax.Array    # int32, token t+k+1
+    weights: jax.Array    # float32, 0 where that is no target
+
+
+def look_ahead(batch: LMBatch, depth: int) -> Ahead:
+    """The tokens beyond the next one, with weight where t, t+k and t+k+1 are of one document.
+
+    The weight of token t+k+1 is the one it has as the next token of t+k: what is no target there is none here.
+    Worked example, the row of `LMBatch` at depth 1 (0: beyond the row, where nothing is known):
+
+        tokens         b  x  e  b  y  e
+        segments       1  1  1  2  2  2
+        following      x  e  b  y  e  0      targets
+        targets        e  b  y  e  0  0      targets, shifted by 1
+        loss_mask      1  1  0  1  1  0
+        weights        1  0  0  1  0  0      loss_mask, shifted by 1; not at the e of document 1, which would reach y
+
+    With `boundary_targets` (`data.packing.to_inputs`) the next token may be of the next document, which no depth
+    predicts; only of the token after the row the batch does not say it, so that this one counts as it does there.
+    """
+    chex.assert_equal_shape(list(batch))
+    segments, time = batch.segments, batch.segments.shape[1]
+    if not 0 < depth < time:
+        raise ValueError(f"mtp_depth {depth} must be less than the {time} tokens of a row, and positive")
+    same = jnp.pad(segments[:, 1:] == segments[:, :-1], ((0, 0), (0, 1)), constant_values=True)
+    within = jnp.where(same, batch.loss_mask, 0)
+
+    def shift(x: jax.Array, by: int) -> jax.Array:
+        return jnp.pad(x[:, by:], ((0, 0), (0, by)))
+
+    return Ahead(
+        jnp.stack([shift(batch.targets, k - 1) for k in range(1, depth + 1)]),
+        jnp.stack([shift(batch.targets, k) for k in range(1, depth + 1)]),
+        jnp.stack([jnp.where(shift(segments, k) == segments, shift(within, k), 0) for k in range(1, depth + 1)]))
