@@ -9,6 +9,9 @@ Prompts: `--prompt`; `--file`, a prompt a line, or JSONL with `prompt` or `messa
 as `temperature`; else standard input. With `--output` each line holds one text, and a run that was killed goes on where
 it stopped. Sample s of prompt p draws with seed `sampling.seed + p * num_samples + s`, so batches do not matter.
 
+Where the template has tags of thinking, `</think>` stands between reasoning and answer, and lines of the output hold
+them apart, in `reasoning` and `text`; `--thinking on|off` asks for reasoning or for none.
+
 `--drafting` guesses tokens and verifies several in one forward pass: `pld` (Saxena 2023), `lookahead` (arXiv
 2402.02057), `rest` (2311.08252), `recycling` (2408.08696), `hierarchy` (2502.05609), or a small model with
 `--draft-source`. It changes the speed and not the text, up to rounding. SmolLM2-135M on 2 cores writes 17 to 24
@@ -29,6 +32,7 @@ import jax.numpy as jnp
 
 from jaxlm.core import config as flags
 from jaxlm.core.command import run_command
+from jaxlm.data.thinking import Thought
 from jaxlm.generate.console import converse, show, typed
 from jaxlm.generate.costs import step_costs
 from jaxlm.generate.databases import load_database
@@ -61,6 +65,7 @@ class Config:
     file: Path | None = None             # a prompt a line, or .jsonl
     chat: bool = False                   # prompts are what a user says, by the chat template of the model
     system: str = ""                     # the system message of a chat
+    thinking: Literal["", "on", "off"] = ""  # ask for reasoning before answers, or for none; empty: as the template is
     output: Path | None = None           # .jsonl, a line a text
     logprobs: bool = False               # output: with token ids, their log-probabilities, and the mass kept
     overwrite: bool = False              # replace an output of other settings
@@ -85,6 +90,7 @@ class Config:
             (self.prompt is not None and self.file, "prompt and file both say what to continue; give one of them"),
             (self.prompt is not None and not self.prompt.strip(), "prompt is empty"),
             (self.system and not self.chat, "system has no effect without chat"),
+            (self.thinking and not self.chat, "thinking has no effect without chat"),
             (self.output and self.output.suffix != ".jsonl", f"output {self.output} must end in .jsonl"),
             (self.logprobs and not self.output, "logprobs has no effect without output"),
             (self.overwrite and not self.output, "overwrite has no effect without output"),
@@ -185,15 +191,18 @@ def settings_of(config: Config, opened: Pretrained, asks: Sequence[Ask]) -> dict
         "prompts": hashlib.sha256(prompts.encode()).hexdigest()[:16]}
 
 
-def line_of(ask: Ask, one: Completion, logprobs: bool) -> dict[str, Any]:
+def line_of(ask: Ask, one: Completion, logprobs: bool, reader: Reader) -> dict[str, Any]:
     """A line of the output."""
     named = {} if ask.prompt.id is None else {"id": ask.prompt.id}
+    reasoning, text = reader.parts(one.text) if reader.chat or ask.prompt.messages else Thought(None, one.text)
+    named |= {} if reasoning is None else {"reasoning": reasoning}
     more = {"tokens": one.tokens, "logprobs": one.logprobs, "kept": one.kept} if logprobs else {}
-    return named | {"prompt": ask.number, "sample": ask.sample, "text": one.text, "num_tokens": len(one.tokens),
+    return named | {"prompt": ask.number, "sample": ask.sample, "text": text, "num_tokens": len(one.tokens),
                     "reason": one.reason, "steps": one.steps, "accepted": one.accepted} | more
 
 
-def write(config: Config, engine: Engine, asks: Sequence[Ask], settings: Mapping[str, Any], report: Report) -> None:
+def write(config: Config, engine: Engine, asks: Sequence[Ask], settings: Mapping[str, Any], report: Report,
+          reader: Reader) -> None:
     """Fills the output with the texts that it lacks."""
     mark = {"weights": weights_mark(engine.params), "unstack": config.unstack}  # which names the weights anew
     results = Results(config.output, {**settings, **mark}, overwrite=config.overwrite)
@@ -204,7 +213,7 @@ def write(config: Config, engine: Engine, asks: Sequence[Ask], settings: Mapping
     pace = Pace(len(asks), len(asks) - len(missing))
     try:
         for one in serve(engine, [ask.ids for ask in missing], [ask.sampling for ask in missing], report=report):
-            results.append(line_of(missing[one.prompt], one, config.logprobs))
+            results.append(line_of(missing[one.prompt], one, config.logprobs, reader))
             pace.done(len(one.tokens), one.steps)
     finally:
         pace.close()
@@ -219,7 +228,8 @@ def run(config: Config) -> None:
     if live and (config.output or config.num_samples > 1):
         raise ValueError("output and num_samples have no effect on what is typed: give --prompt, --file or a file as "
                          "standard input")
-    reader = Reader(opened.tokenizer, opened.start, opened.chat, config.chat, config.system)
+    reader = Reader(opened.tokenizer, opened.start, opened.chat, config.chat, config.system,
+                    {"": None, "on": True, "off": False}[config.thinking])
     if config.chat:
         reader.chat_template()
     asks = make_asks(reader, [Prompt("a")] if live else read_asked(config), config.sampling, config.num_samples)
@@ -235,7 +245,7 @@ def run(config: Config) -> None:
     if live:
         converse(engine, reader, config.sampling, typed(), report)
     elif config.output:
-        write(config, engine, asks, settings, report)
+        write(config, engine, asks, settings, report, reader)
     else:
         show(engine, asks, report)
     if report.tokens:

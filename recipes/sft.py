@@ -8,6 +8,8 @@ keep the base frozen; `mentor_sft` has the settings of MENTOR's imitation baseli
     python -m recipes.generate --source runs/sft --chat --prompt "What is the currency of Japan?"
     python -m recipes.sft --preset lora --init Qwen3-0.6B --data.path chats.jsonl --data.held-out held_out.jsonl
     python -m recipes.convert --source runs/sft --target exported  adapters merged, chat template beside the weights
+    python -m recipes.sft --template kormo --data.thinking hybrid --data.balance equal --pipeline.seq-len 256 \\
+        --data.path sample_thinking:both --data.held-out sample_thinking:both/held_out    reasoning, in half of its rows
 
 Left out: dropout in adapters, int8 base weights in training (QLoRA), adapters of embeddings and heads.
 """
@@ -31,9 +33,10 @@ from jaxlm.core.log import human_count
 from jaxlm.core.mesh import MeshConfig, data_shard, make_mesh
 from jaxlm.core.rng import derive
 from jaxlm.core.tree import named_leaves
-from jaxlm.data.chat_examples import ChatFormat, chat_batches, encode_source
+from jaxlm.data.balance import balance_chats, report_buckets
+from jaxlm.data.chat_examples import ChatFormat, chat_batches, encode_source, ending_turns
 from jaxlm.data.chat_template import chat_template_from_files
-from jaxlm.data.conversations import ConversationsConfig, open_corpora
+from jaxlm.data.conversations import TuningDataConfig, open_corpora
 from jaxlm.data.examples import excluded_ids
 from jaxlm.data.pipeline import PipelineConfig, resolve_shards
 from jaxlm.data.tokenizer import check_vocabulary, tokenizer_from_files
@@ -78,7 +81,7 @@ class Config:
 
     model: ModelConfig                 # of random initialisation; --init brings its own
     compute: ComputeConfig = field(default_factory=ComputeConfig)
-    data: ConversationsConfig = field(default_factory=ConversationsConfig)
+    data: TuningDataConfig = field(default_factory=TuningDataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     pipeline: PipelineConfig = field(default_factory=lambda: PipelineConfig(packing="first_fit"))
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -93,7 +96,7 @@ class Config:
     freeze: tuple[str, ...] = ()  # patterns in the paths of parameters that stay as they are: embed
     seed: int = 42
     init: str = ""             # a run folder, a Hugging Face folder or a GGUF file; empty: random weights
-    template: str = ""         # chatml, hermes, hermes_names or a Jinja file; empty: the model's own, else chatml
+    template: str = ""         # chatml, hermes, hermes_names, kormo, a Jinja file; empty: the model's own, else chatml
     folder: Path = Path("runs/sft")
     resume: bool = False       # continue the run in `folder` from its last complete checkpoint
     overwrite: bool = False    # delete the run in `folder` first
@@ -117,6 +120,16 @@ _TUNED = Config(  # of models that exist
     accumulate=4,
     loss_chunks=8,
 )
+# KORMo's fine-tuning (arXiv 2510.09426, specification 8). Its optimiser and batch are not published: they are what is
+# usual for such models. Steps: two epochs of 500M tokens; set --loop.steps for other data.
+_KORMO = replace(
+    _TUNED, model=MODELS["kormo_10b"], init="KORMo-10B-base", template="kormo",
+    data=TuningDataConfig(thinking="hybrid"),
+    pipeline=PipelineConfig(batch_size=48, seq_len=20480, packing="first_fit"),  # 0.98M tokens
+    optim=OptimConfig(lr=2e-5, weight_decay=0.01, schedule=ScheduleConfig(kind="cosine", warmup=0.03)),
+    accumulate=1,
+    loss_chunks=20,
+)
 PRESETS = {
     "smoke": Config(
         model=MODELS["tiny"],
@@ -133,6 +146,13 @@ PRESETS = {
         pipeline=PipelineConfig(batch_size=32, seq_len=8192, packing="first_fit"),
         optim=OptimConfig(lr=1e-5, beta1=0.9, beta2=0.95, weight_decay=0.01, clip_norm=1.0,
                           schedule=ScheduleConfig(kind="cosine", warmup=0.1))),
+    "kormo_sft": _KORMO,
+    # The tutorial of its authors, one row and two micro-batches on each of 8 devices. Theirs is QLoRA: a base of 4
+    # bits, dropout 0.05, AdamW of 8 bits; here base and moments are whole and nothing is dropped.
+    "kormo_lora": replace(
+        _KORMO, lora=LoraConfig(rank=128, alpha=256.0), loop=replace(_KORMO.loop, steps=395),
+        pipeline=replace(_KORMO.pipeline, batch_size=16), accumulate=2,
+        optim=OptimConfig(lr=5e-5, weight_decay=0.0, schedule=ScheduleConfig(kind="cosine", warmup=0.01))),
 }
 
 
@@ -201,13 +221,19 @@ def prepare(config: Config) -> Run:
     if not config.resume:
         language = open_language(opened, config.template, config.tokenizer, config.model.vocab_size,
                                  spread_rows(sources, config.tokenizer.documents))
+        if config.template:  # the model learns to end its turns anew
+            language = language._replace(tokenizer=ending_turns(language.template, language.tokenizer))
     check_vocabulary(language.tokenizer, config.model.vocab_size)
     log.info("tokenizer: %d tokens, fingerprint %.12s", language.tokenizer.vocab_size, language.tokenizer.fingerprint())
     data, seq_len = config.data, config.pipeline.seq_len
     form = ChatFormat(language.template, language.tokenizer, data.train_on,
-                      excluded_ids(language.tokenizer, data.never_predict))
-    chats = [encode_source(source, form, seq_len=seq_len, too_long=data.too_long, max_bad_rows=data.max_bad_rows)
-             for source in sources]
+                      excluded_ids(language.tokenizer, data.never_predict), reasoning=data.thinking != "drop")
+    chats = [encode_source(
+        source, form, seq_len=seq_len, too_long=data.too_long, max_bad_rows=data.max_bad_rows, seed=config.seed,
+        thinking_share=data.thinking_share if data.thinking == "hybrid" else 1.0) for source in sources]
+    if data.balance:
+        chats = balance_chats(sources, chats, data.balance)
+        log.info("%s", report_buckets(chats, config.loop.steps * config.pipeline.batch_size * seq_len))
     batches = chat_batches(chats, config.pipeline, seed=config.seed, loader=loader, loaders=loaders)
     model = build(config.model, config.compute)
     loss = make_loss(model, chunks=config.loss_chunks)

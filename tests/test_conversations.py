@@ -190,7 +190,7 @@ def test_tokenizer_of_conversations():
 
 
 def test_templates():
-    assert set(TEMPLATES) == {"chatml", "hermes", "hermes_names"}
+    assert set(TEMPLATES) == {"chatml", "hermes", "hermes_names", "kormo"}
     assert hermes_names(json_tokenizer()).source == HERMES_NAMES
     with pytest.raises(ValueError, match=r"lacks special tokens that the chat template writes: <\|im_start\|>, <\|im_"):
         check_symbols(ChatTemplate(CHATML), load_tokenizer("bytes"))

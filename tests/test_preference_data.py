@@ -8,7 +8,7 @@ import pytest
 
 from jaxlm.data.chat import chat_ids
 from jaxlm.data.chat_examples import ChatFormat
-from jaxlm.data.chat_template import CHATML, HERMES, ChatTemplate
+from jaxlm.data.chat_template import CHATML, HERMES, KORMO, ChatTemplate
 from jaxlm.data.preference_batches import (
     PreferenceBatchConfig,
     PreferenceBatches,
@@ -116,6 +116,20 @@ def test_ids_are_those_of_the_conversation_and_only_completions_count():
     [one] = encode([{**PAIR, "chosen": [call, {"role": "tool", "content": "4"}, says("4")]}], form).examples
     text = TOKENIZER.decode(one.first.ids[one.first.loss == 0])
     assert "tool_response" in text and "add" not in text and len(one.second.ids) == 5
+
+
+def test_a_prompt_asks_for_reasoning_if_an_answer_has_some():
+    tokenizer = json_tokenizer(("<|BOS|>", "<|EOS|>", "<|PAD|>", "<|BOT|>", "<|EOT|>", "<think>", "</think>"))
+    form, thought = ChatFormat(ChatTemplate(KORMO), tokenizer), {"reasoning_content": "two and two"}
+    [plain] = encode([PAIR], form).examples
+    assert tokenizer.decode(plain.prompt).endswith("<think>\n\n</think>\n")
+    assert form.text(plain.first.ids) == "4" and plain.first.loss.all() and plain.second.loss.all()
+    row = {**PAIR, "chosen": [says("4") | thought], "rejected": [says("five") | thought]}
+    [one] = encode([row], form).examples
+    assert tokenizer.decode(one.prompt).endswith("<think>\n") and "two and two" in tokenizer.decode(one.first.ids)
+    [mixed] = encode([{**row, "rejected": [says("five")]}], form).examples
+    empty = tokenizer.decode(mixed.second.ids[mixed.second.loss == 0])
+    assert empty == "\n</think>\n" and form.text(mixed.second.ids) == "five"
 
 
 def test_what_is_dropped_is_counted():

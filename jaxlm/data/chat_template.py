@@ -53,7 +53,24 @@ _HERMES = (
 HERMES = _HERMES.replace("TOOL", "(tool | tojson)")
 # Tools by name only, for small models that learn them from examples: the schemas of twelve tools are 700 tokens.
 HERMES_NAMES = _HERMES.replace("TOOL", "(tool['function'] or tool)['name']")
-TEMPLATES = {"chatml": CHATML, "hermes": HERMES, "hermes_names": HERMES_NAMES}
+# KORMo's (arXiv 2510.09426; the format is that of its released code). What follows the last user message shows its
+# reasoning, or an empty block that the prompt gives (`enable_thinking=False`); earlier turns show their answer alone.
+# The model writes the reasoning, `</think>` and the answer. No source shows its tools or system turns: those are as in
+# Hermes. A newline that begins an answer goes: in "</think>\n\n" it would be one token, half of it the prompt's.
+_THOUGHT = (
+    "{{ '<|BOT|>assistant\n' }}{% set reasoning = (message['reasoning_content'] or '') | trim %}"
+    "{% set shown = loop.index0 > last.user %}{% set content = (message['content'] or '').lstrip('\n') %}"
+    "{% if shown %}{{ '<think>\n' if reasoning else '<think>\n\n</think>\n' }}{% endif %}"
+    "{% generation %}{% if shown and reasoning %}{{ reasoning + '\n</think>\n\n' }}{% endif %}{{ content }}")
+KORMO = (
+    "{% set last = namespace(user=-1) %}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
+    + HERMES.replace("<|im_start|>", "<|BOT|>").replace("<|im_end|>", "<|EOT|>").replace(
+        "{{ '<|BOT|>assistant\n' }}{% generation %}{{ message['content'] or '' }}", _THOUGHT).replace(
+        "{% if add_generation_prompt %}{{ '<|BOT|>assistant\n' }}",
+        "{% if add_generation_prompt %}{{ '<|BOT|>assistant\n<think>\n' }}"
+        "{% if enable_thinking is defined and not enable_thinking %}{{ '\n</think>\n' }}{% endif %}"))
+TEMPLATES = {"chatml": CHATML, "hermes": HERMES, "hermes_names": HERMES_NAMES, "kormo": KORMO}
 # Variables that a rendering with marks sets; in any other they are undefined, so print nothing.
 OPEN, CLOSE = "jaxlm_generation_open", "jaxlm_generation_close"
 

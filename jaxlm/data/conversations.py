@@ -5,12 +5,15 @@ what is wrong with one, with its line. `jaxlm.data.chat_examples` makes training
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from jaxlm.core.config import nearest
+from jaxlm.data.difficulty import parse_balance, read_difficulty
 from jaxlm.data.rows import BadRow, Document, RowReader, SourceConfig, decode_json, missing_field
-from jaxlm.data.sample_chats import SampleChats
+from jaxlm.data.sample_chats import SAMPLE_THINKING, SampleChats, sample_thinking
 from jaxlm.data.sources import Source, open_rows, parse_source
+from jaxlm.data.thinking import REASONING, Thinking
 
 ROLES = ("system", "user", "assistant", "tool")
 TrainOn = Literal["all", "last"]
@@ -37,33 +40,76 @@ class ConversationsConfig:
             raise ValueError("data.path and data.held_out need at least one source each")
 
 
+@dataclass(frozen=True, kw_only=True)
+class TuningDataConfig(ConversationsConfig):
+    """Conversations of which some bring reasoning, and which are more or less difficult.
+
+    With `balance` rows are drawn by difficulty: from `equal` shares of the buckets, or by weights, `easy=1 medium=2`.
+    Labels are buckets as they are; numbers are cut into quantiles, as many as named (equal: 3), the lowest first.
+    """
+
+    thinking: Thinking = "keep"     # reasoning: as rows have it, left out, or shown by a share of those that have it
+    thinking_share: float = 0.5     # of rows with reasoning, in hybrid data; the others get an empty block
+    difficulty_field: str = "difficulty"  # of rows, read with balance
+    balance: tuple[str, ...] = ()   # empty: rows are drawn as they come
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.thinking_share < 1:
+            raise ValueError(f"data.thinking_share must be between 0 and 1, got {self.thinking_share}; data.thinking "
+                             "keep and drop are all and none")
+        default = TuningDataConfig
+        if self.thinking != "hybrid" and self.thinking_share != default.thinking_share:
+            raise ValueError(f"data.thinking_share has no effect with data.thinking {self.thinking}")
+        if not self.balance and self.difficulty_field != default.difficulty_field:
+            raise ValueError("data.difficulty_field has no effect without data.balance")
+        parse_balance(self.balance)
+
+
 def open_corpora(config: ConversationsConfig) -> tuple[list[Source], list[Source]]:
     """The sources to train on and those held out; ValueError as `open_conversations`, and for a held-out weight."""
+    balanced = isinstance(config, TuningDataConfig) and config.balance
     paths, held_out = ([parse_source(spec) for spec in specs] for specs in (config.path, config.held_out))
     for path in held_out:
         if path.weight != 1:
             raise ValueError(f"data.held_out {path.path}: weight has an effect on training sources only")
-    return tuple([open_conversations(path, max_bad_rows=config.max_bad_rows) for path in part]
-                 for part in (paths, held_out))
+    fields = (config.difficulty_field if balanced else "", "")  # what is held out is measured, not drawn
+    return tuple([open_conversations(path, max_bad_rows=config.max_bad_rows, difficulty_field=field) for path in part]
+                 for part, field in zip((paths, held_out), fields, strict=True))
 
 
-def open_conversations(config: SourceConfig | Iterable[Mapping[str, Any]], *, max_bad_rows: int = 0) -> Source:
+def open_conversations(config: SourceConfig | Iterable[Mapping[str, Any]], *, max_bad_rows: int = 0,
+                       difficulty_field: str = "") -> Source:
     """Opens what a configuration names, or rows in memory: documents whose text is a conversation as JSON.
 
-    `sample:ko|en|both` are embedded questions and answers. ValueError as `open_source`, in one sentence.
+    `sample:ko|en|both` are embedded questions and answers; `sample_thinking:ko|en|both`, perhaps with `/held_out`
+    behind it, such with reasoning and a difficulty. With a `difficulty_field` every row has it: a label or a number,
+    under "difficulty" beside the messages. ValueError as `open_source`, in one sentence.
     """
-    return open_rows(config, reader=ConversationReader, sample=SampleChats, what="conversations",
-                     max_bad_rows=max_bad_rows, text_field="messages")
+    path = config.path if isinstance(config, SourceConfig) else ""
+    if difficulty_field and (path.startswith("sample:") or (
+            path.startswith(SAMPLE_THINKING) and difficulty_field != "difficulty")):
+        raise ValueError(f"source {path!r}: its rows have no field {difficulty_field!r}; the field 'difficulty' is in "
+                         f"those of {SAMPLE_THINKING}both")
+    if path.startswith(SAMPLE_THINKING):
+        if config != SourceConfig(path=path, name=config.name, weight=config.weight):
+            raise ValueError(f"source {path!r}: of the options only name and weight have an effect on it")
+        return Source(config, sample_thinking(path), ConversationReader(config))
+    return open_rows(config, reader=partial(ConversationReader, difficulty_field=difficulty_field), sample=SampleChats,
+                     what="conversations", max_bad_rows=max_bad_rows, text_field="messages")
 
 
+@dataclass
 class ConversationReader(RowReader):
     """Rows to documents: a conversation as JSON, and in `source` where it stood, as path:line."""
 
+    difficulty_field: str = ""
     _has_tools = False
 
     def fields(self) -> list[str]:
-        """As for documents, and the tools where there are any."""
-        return list(dict.fromkeys([*super().fields(), *(["tools"] if self._has_tools else [])]))
+        """As for documents, the difficulty that is asked for, and the tools where there are any."""
+        more = [*([self.difficulty_field] if self.difficulty_field else []), *(["tools"] if self._has_tools else [])]
+        return list(dict.fromkeys([*super().fields(), *more]))
 
     def require_fields(self, present: Iterable[str], path: str) -> None:
         """As for documents; tools may be missing."""
@@ -79,6 +125,8 @@ class ConversationReader(RowReader):
         # A parquet column has one type for all rows, so what a row lacks is there as null.
         plain = _without_none if path.endswith(".parquet") else lambda value: value
         conversation = read_conversation(plain(row[name]), plain(row.get("tools")))
+        if self.difficulty_field and conversation:
+            conversation["difficulty"] = read_difficulty(row, self.difficulty_field)
         return conversation and Document(json.dumps(conversation, ensure_ascii=False), None, f"{path}:{line}")
 
 
@@ -116,6 +164,11 @@ def _message(number: int, message: Any) -> dict[str, Any]:
     calls = message.get("tool_calls") or []
     if calls and role != "assistant":
         raise BadRow(f"message {number}: tool_calls of the role {role}; only the assistant calls tools")
+    thought = message.get(REASONING)
+    if not isinstance(thought, str | None):
+        raise BadRow(f"message {number}: {REASONING} is not a string but {type(thought).__name__}")
+    if thought and role != "assistant":
+        raise BadRow(f"message {number}: {REASONING} of the role {role}; only the assistant reasons")
     if not isinstance(content, str) and not (content is None and calls):
         raise BadRow(f"message {number}: the content is not a string but {type(content).__name__}")
     kept = {name: value for name, value in message.items() if value is not None and name != "tool_calls"}

@@ -114,9 +114,9 @@ def _useless(row: Mapping[str, Any]) -> str | None:
 def _encode(row: Mapping[str, Any], form: ChatFormat, paired: bool) -> list[PreferenceExample]:
     """The examples of a row, none if both completions are written alike; ValueError says what the template refuses."""
     messages, tools = row["messages"], row.get("tools")
-    prompt = chat_ids(form.template, form.tokenizer, messages, add_generation_prompt=True, tools=tools).ids
-    sides = [_completion(prompt, messages, row[name], name, form, tools)
-             for name in ("chosen", "rejected", "completion") if name in row]
+    said = {name: row[name] for name in ("chosen", "rejected", "completion") if name in row}
+    prompt = form.opening(messages, [message for side in said.values() for message in side], tools)
+    sides = [_completion(prompt, messages, side, name, form, tools) for name, side in said.items()]
     prompt = np.array(prompt, np.int32)
     if len(sides) == 1:
         return [PreferenceExample(prompt, sides[0], None, row["label"])]

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 from jaxlm.core.config import from_json, nearest, to_json
 from jaxlm.data.chat import chat_ids
+from jaxlm.data.chat_examples import turn_end
 from jaxlm.data.chat_template import ChatTemplate, chatml
 from jaxlm.data.rows import decode_json
+from jaxlm.data.thinking import REASONING, THINK_TAGS, Thought, split_thought, thinking_prompts
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.generate.settings import SamplingConfig
 
@@ -35,21 +37,25 @@ class Reader(NamedTuple):
     template: ChatTemplate | None = None  # the model's own
     chat: bool = False                 # a text is what a user says, too
     system: str = ""                   # said before, where the messages do not begin with a system message
+    thinking: bool | None = None       # whether prompts of the template ask for reasoning; None: as it does unasked
 
     def chat_template(self) -> ChatTemplate:
-        """The model's own, or ChatML; ValueError if the tokenizer lacks its special tokens."""
-        return self.template or chatml(self.tokenizer)
+        """The model's own, or ChatML; ValueError if the tokenizer lacks its special tokens, or cannot be told to think.
+        """
+        template = self.template or chatml(self.tokenizer)
+        return template if self.thinking is None else thinking_prompts(template, self.thinking)
 
     def turn_end(self) -> tuple[int, ...]:
         """The special token that the template puts behind what the assistant says, if it shows and is not eos."""
-        said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        try:
-            ids, mask = chat_ids(self.chat_template(), self.tokenizer, said, add_generation_prompt=False)
-        except ValueError:
-            return ()
-        spoken = [i for i, own in zip(ids, mask, strict=True) if own]
-        special = {symbol.id for symbol in self.tokenizer.symbols.values()} - {self.tokenizer.eos_id}
-        return tuple(special & {*spoken[-1:]})
+        end = turn_end(self.chat_template(), self.tokenizer)
+        return tuple({self.tokenizer.symbols[end].id} - {self.tokenizer.eos_id}) if end else ()
+
+    def parts(self, text: str) -> Thought:
+        """A written text as reasoning and answer; without the tags of thinking in the template all of it is answer."""
+        return split_thought(text) if self._thinks() else Thought(None, text)
+
+    def _thinks(self) -> bool:
+        return bool(self.template) and all(tag in self.template.source for tag in THINK_TAGS)
 
     def ids(self, prompt: Prompt) -> list[int]:
         """The ids of a prompt; ValueError that says where it stands if it is empty or the template refuses it."""
@@ -64,11 +70,20 @@ class Reader(NamedTuple):
             else:
                 if self.system and not _has_system(messages):
                     messages = [{"role": "system", "content": self.system}, *messages]
+                messages = [self._told_apart(message) for message in messages]
                 ids = chat_ids(self.chat_template(), self.tokenizer, messages, add_generation_prompt=True).ids
         except ValueError as error:
             raise ValueError(f"{prompt.where}: {error}") from None
         count = len(self.start)
         return ids if count and tuple(ids[:count]) == self.start else [*self.start, *ids]
+
+    def _told_apart(self, message: Any) -> Any:
+        """A turn of the assistant as it was written, with its reasoning where templates look for that."""
+        if not (isinstance(message, Mapping) and message.get("role") == "assistant" and REASONING not in message
+                and isinstance(message.get("content"), str)):
+            return message
+        reasoning, answer = self.parts(message["content"])
+        return message if reasoning is None else {**message, "content": answer, REASONING: reasoning}
 
 
 def read_prompts(path: Path) -> list[Prompt]:
