@@ -2,7 +2,7 @@
 
     python -m recipes.convert --source runs/demo --target exported --prompt "The currency of Japan is"
     python -m recipes.convert --source SmolLM2-135M-Instruct.Q4_1.gguf --target smollm2 --dtype bfloat16
-    python -m recipes.pretrain --preset base --init-from smollm2 --tokenizer.path smollm2 --data.path more.jsonl.gz
+    python -m recipes.pretrain --preset base --init smollm2 --data.path more.jsonl.gz
 
 The target is a Hugging Face folder that `transformers` opens; it appears whole or not at all. Seconds on a laptop for
 models that fit into its memory. Left out: writing GGUF.

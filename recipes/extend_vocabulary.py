@@ -7,7 +7,7 @@ for an English model, for example:
     python -m recipes.train_tokenizer --vocab-size 4096 --korean-share 0.5 --folder runs/tokenizer
     python -m recipes.extend_vocabulary --source runs/demo --tokenizer runs/tokenizer/tokenizer --target extended
     python -m recipes.extend_vocabulary --source smollm2 --add-tokens "<think>" "</think>" --target thinking
-    python -m recipes.pretrain --init-from extended --tokenizer.path extended --data.path more.jsonl.gz
+    python -m recipes.pretrain --init extended --data.path more.jsonl.gz
 
 The source is a run folder, a Hugging Face folder or a GGUF file; the target a Hugging Face folder, which appears whole
 or not at all. Seconds on a laptop for models that fit into its memory. Expected: the same logits of shared tokens for

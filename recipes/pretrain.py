@@ -7,8 +7,11 @@ intra-document mask, AdamW with warmup-stable-decay, held-out bits per byte and 
     python -m recipes.pretrain --preset smoke --data.path my.jsonl.gz --optim.lr 1e-3
     python -m recipes.pretrain --config runs/pretrain/config.json --resume
     python -m recipes.pretrain --preset kormo_10b --plan v5p:4x4x8   what a step costs on a pod that is not here
+    python -m recipes.pretrain --init smollm2 --data.path more.jsonl.gz    go on from a run, a HF folder or a GGUF file
 
-Results and exact commands: docs/results.md. Left out: KORMo's data and the stages after stage 1.
+KORMo's stages are presets, each of which goes on from the one before: `kormo_10b`, `kormo_10b_stage2`, `_long_8k`,
+`_long_16k`, `_long_32k`, `_reasoning`, and the same of `kormo_1b`; docs/pretraining.md has a command for each.
+Results and exact commands: docs/results.md. Left out: KORMo's data.
 """
 
 import logging
@@ -25,7 +28,7 @@ from jaxlm.core import config as flags
 from jaxlm.core.batch import LMBatch
 from jaxlm.core.distributed import DistributedConfig
 from jaxlm.core.log import human_count
-from jaxlm.core.mesh import MeshConfig, data_shard, make_mesh, place_leaf
+from jaxlm.core.mesh import MeshConfig, data_shard, make_mesh
 from jaxlm.data.corpus import CorpusConfig, open_corpus
 from jaxlm.data.examples import excluded_ids
 from jaxlm.data.pipeline import PipelineConfig, make_pipeline, resolve_shards
@@ -34,8 +37,6 @@ from jaxlm.data.tokenizer_training import TokenizerConfig, make_tokenizer
 from jaxlm.eval.held_out import SampleConfig, make_evaluation
 from jaxlm.model.config import ComputeConfig, ModelConfig, flops_per_token
 from jaxlm.model.decoder import Model, build
-from jaxlm.model.hf import load_hf
-from jaxlm.model.hf_config import load_config
 from jaxlm.model.partition import PARAM_RULES
 from jaxlm.model.presets import MODELS
 from jaxlm.optim.optimizer import OptimConfig, make_optimizer
@@ -46,6 +47,7 @@ from jaxlm.train.folder import check_folder, check_resumable
 from jaxlm.train.loop import LoopConfig
 from jaxlm.train.measure import Ledger
 from jaxlm.train.plan import Work, plan_report
+from jaxlm.train.pretrained import Pretrained
 from jaxlm.train.run import (
     Learning,
     Run,
@@ -59,6 +61,7 @@ from jaxlm.train.run import (
 )
 from jaxlm.train.state import TrainState, abstract_state
 from jaxlm.train.step import Step, make_step
+from jaxlm.train.tuning import StageConfig, open_init, starting_state
 
 PROG = "recipes.pretrain"
 log = logging.getLogger(PROG)  # as a module with flags, this file is called __main__
@@ -80,14 +83,51 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     accumulate: int = 1        # micro-batches per step
     z_loss: float = 0.0        # weight of log(Z)^2 per token
+    mtp_weight: float = 0.0    # of multi-token prediction, with model.mtp_depth; DeepSeek-V3: 0.3, later 0.1
     loss_chunks: int = 1       # parts of a row whose logits exist at once
     samples: SampleConfig = field(default_factory=SampleConfig)
     seed: int = 42
-    init_from: str = ""        # start from the weights of a Hugging Face folder, and take its model configuration
+    init: str = ""             # go on from a run folder, a Hugging Face folder or a GGUF file, its model and tokenizer
+    stage: StageConfig = field(default_factory=StageConfig)  # what else is taken from `init`, what changes
     folder: Path = Path("runs/pretrain")
     resume: bool = False       # continue the run in `folder` from its last complete checkpoint
     overwrite: bool = False    # delete the run in `folder` first
     plan: str = ""             # compile the step for TPUs that are not here (v5p:4x4x8), print what it costs, and stop
+
+    def __post_init__(self) -> None:
+        if not self.init and self.stage != StageConfig():
+            raise ValueError("stage.keep_optimizer, max_positions and rope_theta have an effect with --init only")
+
+
+def _ladder(name: str, first: Config) -> dict[str, Config]:
+    """KORMo's stages (specification, sections 4, 5 and 7) after `first`, whose tokens stand for the 1 T of stage 1.
+
+    Each goes on from the folder of the one before with its moments, in batches of as many tokens. Not published, and
+    therefore the field's custom [STD]: lengths beyond 4096, the split of the long stage, rates after stage 2.
+    """
+    tokens = first.pipeline.batch_size * first.pipeline.seq_len
+    shared = first.loop.steps * tokens / 1e12  # of KORMo-10B's own tokens
+    middle = first.optim.lr / 7  # [STD] 1e-4 for KORMo-10B
+
+    def stage(before: str, ending: str, billions: float, seq_len: int, optim: OptimConfig) -> Config:
+        return replace(
+            first, init=f"runs/{before}", folder=Path(f"runs/{name}_{ending}"),
+            stage=StageConfig(keep_optimizer=True), optim=optim,
+            pipeline=replace(first.pipeline, seq_len=seq_len, batch_size=tokens // seq_len),
+            loop=replace(first.loop, steps=round(billions * 1e9 * shared / tokens)))
+
+    rate = lambda lr, **schedule: replace(first.optim, lr=lr, schedule=ScheduleConfig(warmup=0.0, **schedule))
+    long = rate(middle, kind="constant")
+    return {
+        name: replace(first, folder=Path(f"runs/{name}")),
+        f"{name}_stage2": stage(name, "stage2", 1800, 4096, rate(first.optim.lr, kind="constant")),
+        f"{name}_long_8k": stage(f"{name}_stage2", "long_8k", 10.27 / 3, 8192, long),
+        f"{name}_long_16k": stage(f"{name}_long_8k", "long_16k", 10.27 / 3, 16_384, long),
+        f"{name}_long_32k": stage(f"{name}_long_16k", "long_32k", 10.27 / 3, 32_768, long),
+        # Traces in <think>...</think>; never_predict keeps <think> from being a target, as in all stages.
+        f"{name}_reasoning": stage(f"{name}_long_32k", "reasoning", 157.76, 32_768,
+                                   rate(middle, kind="linear", min_ratio=0.1)),
+    }
 
 
 _KORMO = Config(
@@ -119,10 +159,10 @@ PRESETS = {
         accumulate=2,
         loss_chunks=8,
     ),
-    "kormo_1b": _KORMO,
-    "kormo_10b": replace(
+    **_ladder("kormo_1b", _KORMO),
+    **_ladder("kormo_10b", replace(
         _KORMO, model=MODELS["kormo_10b"], optim=replace(_KORMO.optim, lr=7e-4),
-        pipeline=replace(_KORMO.pipeline, batch_size=2048), loop=LoopConfig(steps=119_209, eval_every=1000)),  # 1 T
+        pipeline=replace(_KORMO.pipeline, batch_size=2048), loop=LoopConfig(steps=119_209, eval_every=1000))),  # 1 T
 }
 
 
@@ -132,28 +172,24 @@ def check(config: Config, mesh: Mesh) -> None:
                  loss_chunks=config.loss_chunks)
 
 
-def adopt_model(config: Config) -> Config:
-    """With `init_from`, the model of that checkpoint in place of the preset's."""
-    if not config.init_from or config.resume:
-        return config
-    model = load_config(config.init_from)
-    if config.model not in (model, *(preset.model for preset in PRESETS.values())):
-        raise ValueError("--init-from brings its own model configuration; leave out the --model flags")
-    if config.tokenizer.path == "train":
-        raise ValueError("--init-from needs the tokenizer of those weights: --tokenizer.path FOLDER or tokenizer.json")
-    return replace(config, model=model)
+def open_model(config: Config) -> tuple[Config, Pretrained | None]:
+    """What `init` names, without its weights, and the configuration with its model."""
+    if not config.init or config.resume:
+        return config, None
+    opened = open_init(config.init, config.model, config.tokenizer, [preset.model for preset in PRESETS.values()])
+    return replace(config, model=config.stage.model(opened.config)), opened
 
 
 def resumed(config: Config) -> tuple[Config, dict[str, bytes]]:
     """What the run in `config.folder` fixes, in place of what was not asked for; the files of its tokenizer."""
     saved, files = saved_run(config.folder)
     saved = flags.from_json(Config, saved)
-    if config.init_from:
+    if config.init:
         config = replace(config, model=saved.model)
     if not config.pipeline.shards:
         config = replace(config, pipeline=replace(config.pipeline, shards=saved.pipeline.shards))
     check_resumable(saved, lasting(config), fixed=(
-        "model", "data", "tokenizer", "pipeline", "seed", "init_from"), ignored=("folder",))
+        "model", "data", "tokenizer", "pipeline", "seed", "init", "stage"), ignored=("folder",))
     return config, files
 
 
@@ -168,7 +204,9 @@ def prepare(config: Config) -> Run:
     Every process does this by itself.
     """
     check_folder(config.folder, resume=config.resume, overwrite=config.overwrite)
-    config = adopt_model(config)
+    if config.init and Path(config.init).resolve() == config.folder.resolve():
+        raise ValueError(f"--init and --folder are the same folder, {config.folder}; a stage needs its own")
+    config, opened = open_model(config)
     mesh = make_mesh(config.mesh)
     if config.resume:
         config, files = resumed(config)
@@ -176,25 +214,28 @@ def prepare(config: Config) -> Run:
     loader, loaders = data_shard(mesh)
     config = replace(config, pipeline=resolve_shards(config.pipeline, loaders))
     sources, held_out = open_corpus(config.data)
-    tokenizer = (tokenizer_from_files(files) if config.resume else
-                 make_tokenizer(config.tokenizer, sources, config.model.vocab_size))
+    if config.resume:
+        tokenizer = tokenizer_from_files(files)
+    else:
+        tokenizer = (opened and opened.tokenizer) or make_tokenizer(config.tokenizer, sources, config.model.vocab_size)
     check_vocabulary(tokenizer, config.model.vocab_size)
     excluded = excluded_ids(tokenizer, config.data.never_predict)
     batches = make_pipeline(sources, tokenizer, config.pipeline, excluded=excluded, seed=config.seed,
-                            loader=loader, loaders=loaders)
+                            loader=loader, loaders=loaders, steps=config.loop.steps)
     log.info("tokenizer: %d tokens, fingerprint %.12s", tokenizer.vocab_size, tokenizer.fingerprint())
     model = build(config.model, config.compute)
-    loss = make_loss(model, chunks=config.loss_chunks)
+    loss = make_loss(model, chunks=config.loss_chunks, mtp_weight=config.mtp_weight)
     evaluate = make_evaluation(
         jax.jit(lambda params, batch: loss(params, batch, None)[1]["loss"]), model, tokenizer, held_out,
         samples=config.samples, seq_len=config.pipeline.seq_len,
         batch_size=config.pipeline.batch_size // config.accumulate, mesh=mesh)
     tx = make_optimizer(config.optim, config.loop.steps)
-    abstract_state(model.init, tx, mesh, PARAM_RULES)  # the mesh must divide every parameter
-    params = None
-    if config.init_from and not config.resume:
-        params = load_hf(config.init_from, put=partial(place_leaf, mesh=mesh, rules=PARAM_RULES))[1]
-    learning = Learning(init=model.init, tx=tx, step=step_of(config, model, tx, mesh), rules=PARAM_RULES, params=params)
+    abstract = abstract_state(model.init, tx, mesh, PARAM_RULES)  # the mesh must divide every parameter
+    learning = Learning(init=model.init, tx=tx, step=step_of(config, model, tx, mesh), rules=PARAM_RULES)
+    if opened is not None:
+        tree, digest = starting_state(config.init, opened, abstract, keep_optimizer=config.stage.keep_optimizer,
+                                      mesh=mesh)
+        learning = replace(learning, params=tree["params"], opt_state=tree.get("opt_state"), digest=digest)
     tokens = human_count(config.pipeline.batch_size * config.pipeline.seq_len)
     backend = attention_backend(config.model, config.compute, config.pipeline.seq_len, mesh)
     return Run(
@@ -209,7 +250,7 @@ def prepare(config: Config) -> Run:
 def step_of(config: Config, model: Model, tx: optax.GradientTransformation, mesh: Mesh) -> Step:
     """The training step of a configuration."""
     schedule = make_schedule(config.optim.schedule, config.optim.lr, config.loop.steps)
-    loss = make_loss(model, z_loss=config.z_loss, chunks=config.loss_chunks)
+    loss = make_loss(model, z_loss=config.z_loss, chunks=config.loss_chunks, mtp_weight=config.mtp_weight)
     return make_step(loss, tx, schedule, mesh=mesh, rules=PARAM_RULES, accumulate=config.accumulate, seed=config.seed)
 
 
@@ -235,7 +276,8 @@ def work(config: Config, ledger: Ledger) -> None:
         return
     if config.resume or config.overwrite:
         raise ValueError("--plan writes nothing: leave out --resume and --overwrite")
-    config = adopt_model(config)
+    if config.init and Path(config.init).exists():  # else of the model that the preset names
+        config, _ = open_model(config)
     plan_report(partial(step_program, config), parse_topology(config.plan), config.mesh, config.accumulate,
                 step_work(config), print)
 

@@ -60,7 +60,7 @@ def test_the_chat_template_travels(tmp_path):
 
 def test_training_goes_on_from_it(run, exported, capfd):
     """The first loss from exported weights is below the one that the run itself began with."""
-    more = ["--init-from", str(exported), "--tokenizer.path", "bytes"]
+    more = ["--init", str(exported), "--tokenizer.path", "bytes"]
     pretrain.main([*RUN, *more, "--folder", str(run.parent / "second")])
     losses = lambda name: [r["loss"] for r in read_metrics(run.parent / name / "metrics.jsonl") if "loss" in r]
     assert losses("second")[0] < losses("first")[0] - 0.1
@@ -89,9 +89,9 @@ def test_errors(run, tmp_path, arguments, message, capfd):
     assert message in capfd.readouterr().err
 
 
-def test_init_from_needs_its_own_model_and_tokenizer(run, exported, tmp_path, capfd):
+def test_init_needs_its_own_model_and_tokenizer(run, exported, tmp_path, capfd):
     for arguments, message in ((["--model.d-ff", "64", "--tokenizer.path", "bytes"], "leave out the --model flags"),
-                               ([], "needs the tokenizer of those weights")):
+                               ([], "has no tokenizer: name that of its weights")):
         with pytest.raises(SystemExit):
-            pretrain.main([*RUN, "--init-from", str(exported), "--folder", str(tmp_path / "x"), *arguments])
+            pretrain.main([*RUN, "--init", str(exported), "--folder", str(tmp_path / "x"), *arguments])
         assert message in capfd.readouterr().err

@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass
 
+from jaxlm.data.rows import SourceConfig
 from jaxlm.data.sources import Source, open_source, parse_source
 
 log = logging.getLogger(__name__)
@@ -26,14 +27,16 @@ class CorpusConfig:
 def open_corpus(config: CorpusConfig) -> tuple[list[Source], list[Source]]:
     """The sources to train on and those held out, with what was dropped from each in the log.
 
-    Raises ValueError: what `parse_source` and `open_source` say, and a weight of a held-out source.
+    Raises ValueError: what `parse_source` and `open_source` say, and an option of mixtures at a held-out source.
     """
     paths, held_out = ([parse_source(spec) for spec in specs] for specs in (config.path, config.held_out))
     for path in held_out:
-        if path.weight != 1:
-            raise ValueError(f"data.held_out {path.path}: weight has an effect on training sources only")
+        for name in ("weight", "epochs", "cap"):
+            if getattr(path, name) != getattr(SourceConfig(path=path.path), name):
+                raise ValueError(f"data.held_out {path.path}: {name} has an effect on training sources only")
     opened = [[open_source(path, max_bad_rows=config.max_bad_rows) for path in part] for part in (paths, held_out)]
     for source in (*opened[0], *opened[1]):
-        log.info("%s: %d documents, weight %g, dropped: %s", source.config.path, len(source), source.config.weight,
-                 ", ".join(f"{count} {reason}" for reason, count in source.dropped.items()))
+        limits = "".join(f", {name} {value:g}" for name in ("epochs", "cap") if (value := getattr(source.config, name)))
+        log.info("%s: %d documents, weight %g%s, dropped: %s", source.config.path, len(source), source.config.weight,
+                 limits, ", ".join(f"{count} {reason}" for reason, count in source.dropped.items()))
     return opened[0], opened[1]

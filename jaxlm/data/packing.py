@@ -2,7 +2,7 @@
 
 `concat` joins the examples of a source and cuts every T+1 tokens: no padding, a document may straddle rows.
 `first_fit` puts whole examples where there is room: documents stay together up to T+1 tokens, the rest is padding.
-Either way a document number travels with each token, and attention never crosses it.
+Either way a document number travels with each token, and attention never crosses it (unless `mask_documents` is off).
 """
 
 from typing import Literal
@@ -38,15 +38,19 @@ def pack(
 
 
 def to_inputs(
-    row: dict[str, np.ndarray], *, boundary_targets: bool = False, reset_positions: bool = True
+    row: dict[str, np.ndarray], *, boundary_targets: bool = False, reset_positions: bool = True,
+    mask_documents: bool = True,
 ) -> LMBatch:
     """Shifts rows [..., T+1] to an `LMBatch` of [..., T]; see there for a worked example.
 
     Args:
       boundary_targets: also predict the first token of a document from the last one of the document before it,
-        which the attention cannot see: KORMo's rule.
+        which the attention cannot see: KORMo's rule. Without `mask_documents` it sees that document, and all before.
       reset_positions: count positions from the start of each document, not of the row (KORMo does not reset).
+      mask_documents: attention stays within a document; else a token sees all before it in its row, whose segments
+        are then 1, and 0 still where padded. What is a target does not depend on it.
     """
+    assert mask_documents or not reset_positions, "two documents that see each other need positions of their own"
     tokens, segments = row["tokens"], row["segments"]
     same = segments[..., 1:] == segments[..., :-1]
     counted = (segments[..., 1:] > 0) & (same | boundary_targets)
@@ -58,7 +62,7 @@ def to_inputs(
         tokens=tokens[..., :-1],
         targets=tokens[..., 1:],
         loss_mask=(counted & (row["loss"][..., 1:] > 0)).astype(np.float32),
-        segments=segments[..., :-1],
+        segments=segments[..., :-1] if mask_documents else (segments[..., :-1] > 0).astype(np.int32),
         positions=np.ascontiguousarray(positions),
     )
 

@@ -33,6 +33,10 @@ class SourceConfig:
     """Default: the file name without folder and endings."""
     weight: float = 1.0
     """Share in a mixture, relative to the other sources."""
+    epochs: float | None = None
+    """At most so often each document is read; None: as often as the mixture asks. See `jaxlm.data.mixture`."""
+    cap: float | None = None
+    """At most so many tokens are taken, in whole rows with their padding."""
     text_field: str = "text"
     text: str | None = None
     """A template such as "{ko}\\n{en}" instead of one field; literal braces are doubled."""
@@ -59,6 +63,10 @@ class SourceConfig:
             raise ValueError("a source needs a path")
         if not (self.weight > 0 and self.weight < float("inf")):
             raise ValueError(f"{where}: weight must be a positive number, got {self.weight!r}")
+        for key in ("epochs", "cap"):
+            value = getattr(self, key)
+            if value is not None and not (value > 0 and value < float("inf")):
+                raise ValueError(f"{where}: {key} must be a positive number, got {value!r}")
         if self.text is not None and self.text_field != "text":
             raise ValueError(f"{where}: text and text_field both say where the text is; give one of them")
         if self.language is not None and self.language_field is not None:

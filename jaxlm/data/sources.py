@@ -59,7 +59,8 @@ def parse_source(spec: str) -> SourceConfig:
                 continue
             if key in values:
                 raise ValueError("is given twice")
-            values[key] = float(value) if key == "weight" else int(value) if key in ("documents", "seed") else value
+            kind = float if key in ("weight", "epochs", "cap") else int if key in ("documents", "seed") else str
+            values[key] = kind(value)
         except ValueError as error:
             raise ValueError(f"source {spec!r}: option {key!r}: {error}") from None
     return SourceConfig(path=path, **values)

@@ -11,10 +11,10 @@ damaged afterwards is noticed when it is read: the checkpoint before it serves, 
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import orbax.checkpoint as ocp
@@ -22,7 +22,7 @@ from etils import epath
 
 from jaxlm.core.distributed import barrier, is_primary, together
 from jaxlm.core.log import first_line
-from jaxlm.core.tree import digest
+from jaxlm.core.tree import digest, named_leaves
 from jaxlm.train.checkpoint_files import CheckpointError, FolderSave, json_file, read_folder, read_json
 from jaxlm.train.state import TrainState
 
@@ -171,16 +171,62 @@ def saved_params(folder: Path, shapes: Any) -> Any:
     Only they are read, not the optimizer's moments. `shapes` is their tree of `jax.ShapeDtypeStruct`.
     CheckpointError when they are damaged.
     """
-    folder = folder.absolute() / "checkpoints"
-    folder = folder / str(saved_steps(folder)[0])
+    folder = _newest(folder)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = {"params": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)}
     try:
         params = _read_arrays(folder, target)
-        _check_digest(read_json(folder / "digest")["digest"], params)
+        check_digest(read_json(folder / "digest")["digest"], params)
     except READ_ERRORS as error:
         raise _unusable(folder, error) from error
     return params["params"]
+
+
+class Saved(NamedTuple):
+    """Arrays of another run's checkpoint, on this run's mesh; `check_digest(digest, tree)` is still to be called."""
+
+    tree: dict[str, Any]
+    digest: dict[str, int]
+
+
+def saved_arrays(folder: Path, target: dict[str, Any]) -> Saved:
+    """The part `target` of the state in the newest complete checkpoint of a run folder, each array where it belongs.
+
+    Nothing is gathered on a host or a single device, and processes need not wait for each other.
+
+    Args:
+      target: `{"params": ..., "opt_state": ...}` or one of them, of `jax.ShapeDtypeStruct` with shardings.
+    Raises CheckpointError: arrays that are not there, have another shape or cannot be read.
+    """
+    folder = _newest(folder)
+    try:
+        digest = read_json(folder / "digest")["digest"]
+        _check_names(set(named_leaves(target)), digest)
+        tree = _read_arrays(folder, target)
+    except READ_ERRORS as error:
+        raise _unusable(folder, error) from error
+    return Saved(tree, digest)
+
+
+def _check_names(wanted: set[str], saved: Collection[str]) -> None:
+    """CheckpointError unless the arrays are there, and with moments no other ones: those fit no other parameters.
+
+    Parameters beside those wanted, such as a value head, may stay behind.
+    """
+    moments = {name for name in saved if name.startswith("opt_state/")}
+    asked = {name for name in wanted if name.startswith("opt_state/")}
+    if asked and asked != moments:
+        differing = asked ^ moments
+        raise CheckpointError(f"its optimizer's state has another structure than that of this run: {len(differing)} "
+                              f"arrays are in one of them only, such as {min(differing)}")
+    missing = wanted - {*saved}
+    if missing:
+        raise CheckpointError(f"it lacks {len(missing)} arrays of this model, such as {min(missing)}")
+
+
+def _newest(folder: Path) -> Path:
+    folder = folder.absolute() / "checkpoints"
+    return folder / str(saved_steps(folder)[0])
 
 
 def _read(folder: Path, abstract: TrainState, data: Resumable) -> TrainState:
@@ -190,7 +236,7 @@ def _read(folder: Path, abstract: TrainState, data: Resumable) -> TrainState:
         return _read_arrays(folder, abstract), read_json(folder / "digest")["digest"]
 
     state, saved = together(work)
-    _check_digest(saved, state)
+    check_digest(saved, state)
     return state
 
 
@@ -208,7 +254,7 @@ def _read_arrays(folder: Path, target: Any) -> Any:
         handler.close()
 
 
-def _check_digest(saved: Mapping[str, int], tree: Any) -> None:
+def check_digest(saved: Mapping[str, int], tree: Any) -> None:
     """CheckpointError naming the arrays of `tree` that are not those that were saved. All processes must call it."""
     found = digest(tree)
     damaged = [name for name, value in found.items() if saved.get(name) != value]

@@ -13,6 +13,7 @@ from jaxlm.core.distributed import is_primary
 from jaxlm.core.log import MetricLog, ProgressLine, human_count, human_seconds
 from jaxlm.core.mesh import put_batch
 from jaxlm.core.signals import stop_on_signal
+from jaxlm.data.pipeline import EndOfData
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.measure import Ledger, memory_bytes
 from jaxlm.train.state import TrainState
@@ -69,7 +70,8 @@ def fit(
 
     SIGTERM or SIGINT ends the run after the step in flight, with a checkpoint; several processes end after the same
     step. Checkpoints hold the state before a step and the data position before its batch, so a resumed run repeats
-    nothing and skips nothing. Where the time went is logged at the end, however the run ends.
+    nothing and skips nothing. Where the time went is logged at the end, however the run ends. Data that end before
+    the run does are an EndOfData, raised after a checkpoint and an evaluation.
 
     Args:
       ledger: books the time of the whole process, from its start.
@@ -89,31 +91,43 @@ def fit(
         stack.callback(progress.close)
         stack.enter_context(jax.set_mesh(mesh))
         stopping = stack.enter_context(stop_on_signal(mesh))
-        for number in range(start, config.steps + 1):
-            last, stop = number == config.steps, stopping()
+        number, ended, saved, evaluated = start, False, None, None
+        while True:
+            last, stop = ended or number == config.steps, stopping()
             evaluating = evaluate and (last or (number % config.eval_every == 0 and number > start))
             saving = last or stop or (number % checkpointer.every == 0 and number > start)
             if pending and (evaluating or saving):  # both wait for the step; its time must not count as theirs
                 reporter.step(*pending)
                 pending = None
-            if saving:  # first: who sent a signal may not wait for an evaluation
+            if saving and saved != number:  # first: who sent a signal may not wait for an evaluation
                 with ledger.spend("checkpoint"):
                     checkpointer.save(state, batches)
-            if evaluating and (last or not stop):
+                saved = number
+            if evaluating and (last or not stop) and evaluated != number:
                 with ledger.spend("evaluation"):
                     reporter.evaluation(number, *evaluate(state.params, number))
+                evaluated = number
             if last or stop:
                 break
             ledger.book()
-            batch = put_batch(next(batches), mesh)
+            try:
+                batch = put_batch(next(batches), mesh)
+            except EndOfData:
+                ended = True
+                continue
             # What is loaded while the step before still computes costs nothing.
             ledger.book("data" if pending is None or pending[1]["loss"].is_ready() else "step")
             state, metrics = step(state, batch)
             if pending:
                 reporter.step(*pending)
-            pending = number + 1, metrics
+            number += 1
+            pending = number, metrics
         with ledger.spend("checkpoint"):
             checkpointer.wait()
+    if ended:
+        raise EndOfData(f"every source is used up after {number} of {config.steps} steps, and the checkpoint of that "
+                        "step is saved; raise epochs= or cap= of a source in a new run, or end this one with --resume "
+                        f"--loop.steps {number}")
     if not last:
         log.warning("stopped by a signal at step %d; continue with --resume", number)
     return state, last

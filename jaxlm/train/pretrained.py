@@ -1,8 +1,10 @@
 """Models that exist, with their tokenizer and chat template: run folders, Hugging Face folders, GGUF files."""
 
 import json
+import logging
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,7 +26,7 @@ from jaxlm.data.tokenizer import (
     save_tokenizer,
     tokenizer_from_files,
 )
-from jaxlm.model import lora
+from jaxlm.model import lora, mtp
 from jaxlm.model.config import ModelConfig
 from jaxlm.model.decoder import build
 from jaxlm.model.gguf import gguf_chat_template, gguf_special_tokens, gguf_tokenizer_json, load_gguf
@@ -33,6 +35,9 @@ from jaxlm.model.hf_config import load_config
 from jaxlm.model.lora import LoraConfig
 from jaxlm.model.safetensors_io import COMPANIONS
 from jaxlm.train.checkpoint import saved_params, saved_run
+
+GENERATION_FILE = "generation_config.json"  # of transformers: which ids end a text
+log = logging.getLogger(__name__)
 
 Put = Callable[[str, Any], Any]  # path and leaf to the leaf that goes into the tree
 
@@ -46,6 +51,7 @@ class Pretrained(NamedTuple):
     start: tuple[int, ...] = ()       # ids before every text: our runs train on documents that begin with BOS
     chat: ChatTemplate | None = None
     lora: LoraConfig = LoraConfig()         # adapters beside the weights of a run, which loading merges
+    mtp_depth: int = 0  # of a run: multi-token prediction serves the training it is part of, and loading leaves it out
 
 
 def load_pretrained(source: str | Path, *, dtype: Any = jnp.float32, put: Put | None = None) -> Pretrained:
@@ -71,8 +77,8 @@ def open_pretrained(source: str | Path) -> Pretrained:
         chat = chat_template_from_files(files)
         # Tuned on what its template writes, a model knows BOS if that is part of it.
         start = (tokenizer.bos_id,) if chat is None or begins_with_bos(chat, tokenizer) else ()
-        found = Pretrained(config, None, tokenizer, start, chat,
-                           flags.from_json(LoraConfig, saved.get("lora", {}), "lora."))
+        found = Pretrained(replace(config, mtp_depth=0), None, tokenizer, start, chat,
+                           flags.from_json(LoraConfig, saved.get("lora", {}), "lora."), config.mtp_depth)
     elif (source / "config.json").is_file():
         there = any((source / name).is_file() for name in (JSON_FILE, SENTENCEPIECE_FILE))
         tokenizer = load_tokenizer(source) if there else None
@@ -100,8 +106,11 @@ def load_weights(
         return opened._replace(params=load_hf(source, dtype=dtype, put=put)[1])
     params = opened.params
     if params is None:
-        adapted = lambda key: lora.init(key, build(opened.config).init(key), opened.lora)
+        stored = replace(opened.config, mtp_depth=opened.mtp_depth)
+        adapted = lambda key: lora.init(key, build(stored).init(key), opened.lora)
         params = lora.merge(saved_params(source, jax.eval_shape(adapted, jax.random.key(0))))
+        if params.pop(mtp.NAME, None) is not None:
+            log.info("%s: multi-token prediction of depth %d is left out", source, opened.mtp_depth)
     params = jax.tree.map(lambda leaf: leaf.astype(dtype, copy=False), params)
     if put is not None:
         params = jax.tree_util.tree_map_with_path(lambda path, leaf: put(path_name(path), leaf), params)
@@ -120,6 +129,7 @@ def export_pretrained(
             for name, content in (model.chat.files() if model.chat else {}).items():
                 (Path(scratch) / name).write_bytes(content)
             ids = {f"{name}_token_id": getattr(model.tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+            (Path(scratch) / GENERATION_FILE).write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
             files = [path for path in Path(scratch).iterdir() if path.name in COMPANIONS]  # others know no byte marker
         save_hf(folder, model.config, model.params, architecture=architecture, dtype=dtype, token_ids=ids, files=files,
                 overwrite=overwrite)

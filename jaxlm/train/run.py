@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,17 +28,17 @@ from jaxlm.core.masked import Mean, aggregate
 from jaxlm.core.mesh import BATCH, Rules
 from jaxlm.core.rng import derive
 from jaxlm.core.tree import count_parameters, select
-from jaxlm.data.pipeline import Batches, PipelineConfig
+from jaxlm.data.pipeline import Batches, EndOfData, PipelineConfig
 from jaxlm.model.attention import resolve_backend
 from jaxlm.model.config import ComputeConfig, ModelConfig
 from jaxlm.model.decoder import Model
-from jaxlm.objective.lm import chunked_cross_entropy
-from jaxlm.train.checkpoint import CheckpointConfig, Checkpointer
+from jaxlm.objective.lm import chunked_cross_entropy, look_ahead
+from jaxlm.train.checkpoint import CheckpointConfig, Checkpointer, check_digest
 from jaxlm.train.curves import plot_curves
 from jaxlm.train.folder import check_shared, clear_folder
 from jaxlm.train.loop import STOPPED, LoopConfig, NonFiniteError, fit
 from jaxlm.train.measure import Ledger, peak_flops
-from jaxlm.train.state import TrainState, abstract_state, init_state, state_of
+from jaxlm.train.state import TrainState, abstract_state, init_state, next_stage, state_of
 from jaxlm.train.step import Loss, Step, Trainable, check_batch
 
 Mode = Literal["new", "resume", "overwrite"]
@@ -48,23 +49,52 @@ R = TypeVar("R")  # a run of any kind, with a `folder`
 log = logging.getLogger(__name__)
 
 
-def make_loss(model: Model, *, z_loss: float = 0.0, chunks: int = 1) -> Loss:
+def make_loss(model: Model, *, z_loss: float = 0.0, chunks: int = 1, mtp_weight: float = 0.0) -> Loss:
     """Summed next-token cross-entropy over the mask, plus `z_loss * log(Z)^2` per token (PaLM, section 5).
 
     The loss of pretraining and of supervised fine-tuning: the batch says which tokens count.
+
+    A model with K depths of multi-token prediction adds `mtp_weight / K` times the sum of their cross-entropies
+    (DeepSeek-V3, arXiv:2412.19437, equations 24 and 25). As there every depth is divided by the number of next-token
+    targets, although it has fewer of its own: one denominator, so that micro-batches, devices and packing change
+    nothing. The metrics `mtp_loss` and `mtp_accuracy` are means over the targets of the depths themselves.
+
+    Raises ValueError for a weight without such a model, and for such a model without a weight.
     """
+    depth = model.config.mtp_depth
+    if not 0 <= mtp_weight < math.inf:
+        raise ValueError(f"mtp_weight must be 0 or a positive number, got {mtp_weight}")
+    if mtp_weight and not depth:
+        raise ValueError(f"mtp_weight {mtp_weight} needs a model with multi-token prediction: set model.mtp_depth")
+    if depth and not mtp_weight:
+        raise ValueError(f"nothing would train the multi-token prediction of model.mtp_depth {depth}: set mtp_weight, "
+                         "or mtp_depth 0")
+
     def loss(params: Any, batch: LMBatch, key: jax.Array) -> tuple[jax.Array, dict[str, Mean]]:
         hidden = model.apply(
             params, batch.tokens, positions=batch.positions, segments=batch.segments, logits=False).hidden
         out = chunked_cross_entropy(hidden, model.head(params), batch.targets, chunks)
         nll = aggregate(out.nll, batch.loss_mask)
-        metrics = {"loss": nll, "accuracy": aggregate(out.correct, batch.loss_mask)}
-        if not z_loss:
-            return nll.total, metrics
-        squared = aggregate(out.log_z**2, batch.loss_mask)
-        return nll.total + z_loss * squared.total, metrics | {"log_z_squared": squared}
+        total, metrics = nll.total, {"loss": nll, "accuracy": aggregate(out.correct, batch.loss_mask)}
+        if z_loss:
+            squared = aggregate(out.log_z**2, batch.loss_mask)
+            total, metrics = total + z_loss * squared.total, metrics | {"log_z_squared": squared}
+        if depth:
+            further = _mtp_metrics(model, params, batch, hidden, chunks)
+            total, metrics = total + mtp_weight / depth * further["mtp_loss"].total, metrics | further
+        return total, metrics
 
     return loss
+
+
+def _mtp_metrics(model: Model, params: Any, batch: LMBatch, hidden: jax.Array, chunks: int) -> dict[str, Mean]:
+    """Cross-entropy and accuracy over all depths; `hidden` is that of the batch."""
+    ahead = look_ahead(batch, model.config.mtp_depth)
+    hidden_KBTD = model.ahead(params, hidden, ahead.following, positions=batch.positions, segments=batch.segments)
+    head = model.head(params)
+    parts = [chunked_cross_entropy(hidden_KBTD[k], head, ahead.targets[k], chunks) for k in range(len(hidden_KBTD))]
+    return {"mtp_loss": aggregate(jnp.stack([part.nll for part in parts]), ahead.weights),
+            "mtp_accuracy": aggregate(jnp.stack([part.correct for part in parts]), ahead.weights)}
 
 
 def attention_backend(model: ModelConfig, compute: ComputeConfig, seq_len: int, mesh: Mesh) -> str:
@@ -104,6 +134,8 @@ class Learning:
     step: Step
     rules: Rules
     params: Any = None                   # to start from instead of `init`
+    opt_state: Any = None                # of the run that `params` come from, to go on with
+    digest: Mapping[str, int] | None = None  # of both as they were saved: `start` checks them, with all processes
     trainable: Trainable | None = None   # see `step.make_step`
 
 
@@ -158,13 +190,41 @@ def start(run: Run, checkpointer: Checkpointer) -> TrainState:
         state = checkpointer.restore(abstract_state(part.init, part.tx, run.mesh, part.rules), run.batches)
         log.info("resumed at step %d", int(state.step))
         return state
+    if part.digest:
+        given = {"params": part.params} | ({} if part.opt_state is None else {"opt_state": part.opt_state})
+        check_digest(part.digest, given)
+    if part.opt_state is not None:
+        return next_stage(part.params, part.opt_state, run.mesh, part.rules)
     if part.params is not None:
         return state_of(part.params, part.tx, run.mesh, part.rules)
     return init_state(part.init, part.tx, derive(run.seed, "init"), run.mesh, part.rules)
 
 
+class _AgreedBatches:
+    """Batches that end in all processes together; all must ask for each.
+
+    One agreement a batch, which waits for the step before: only for data that can end, and several processes.
+    """
+
+    def __init__(self, batches: Batches):
+        self._batches = batches
+        self.get_state, self.set_state, self.stats = batches.get_state, batches.set_state, batches.stats
+
+    def __iter__(self) -> "_AgreedBatches":
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            batch = next(self._batches)
+        except EndOfData:
+            batch = None
+        if any(distributed.gather("" if batch is not None else "ended")):
+            raise EndOfData("every source is used up")
+        return batch
+
+
 def train(run: Run, ledger: Ledger) -> bool:
-    """Runs to the end (True), or to a signal."""
+    """Runs to the end (True), or to a signal; EndOfData, after a checkpoint, if the data end before."""
     mesh = run.mesh
     checkpointer = Checkpointer(run.folder, run.checkpoint, flags.to_json(run.config), run.files)
     state = start(run, checkpointer)
@@ -179,13 +239,22 @@ def train(run: Run, ledger: Ledger) -> bool:
         metric_log = MetricLog(run.folder, active=is_primary())
         for part in (run.batches, metric_log, checkpointer):
             stack.callback(part.close)
-        _, finished = fit(
-            state, run.learning.step, run.batches, mesh=mesh, config=run.loop, checkpointer=checkpointer,
-            metric_log=metric_log, ledger=ledger, flops_ratio=run.flops / (peak * mesh.size), evaluate=run.evaluate)
+        batches, ended = run.batches, None
+        if getattr(batches, "limited", False) and jax.process_count() > 1:  # others have other streams: endless ones
+            batches = _AgreedBatches(batches)
+        try:
+            _, finished = fit(
+                state, run.learning.step, batches, mesh=mesh, config=run.loop, checkpointer=checkpointer,
+                metric_log=metric_log, ledger=ledger, flops_ratio=run.flops / (peak * mesh.size),
+                evaluate=run.evaluate)
+        except EndOfData as error:
+            ended = error
     log.info("data: %s", ", ".join(f"{name} {value:.3g}" for name, value in run.batches.stats().items()))
     if is_primary():
         plot_curves(run.folder / "metrics.jsonl", run.folder / "curves.png")
     log.info("run folder: %s", run.folder)
+    if ended is not None:
+        raise ended
     return finished
 
 

@@ -45,6 +45,25 @@ def state_of(params: Any, tx: optax.GradientTransformation, mesh: Mesh, rules: R
         return jax.jit(new, out_shardings=shardings, donate_argnums=0)(params)
 
 
+def next_stage(params: Any, opt_state: Any, mesh: Mesh, rules: Rules) -> TrainState:
+    """The state of a new run that goes on from another one's parameters and optimizer state, which are donated.
+
+    Adam's moments and their count stay, so bias correction does not begin again; the step and the count that the
+    learning rate reads are 0, so the schedule is the new run's.
+    """
+    def restarted(part: Any) -> Any:
+        schedule = isinstance(part, optax.ScaleByScheduleState)
+        return part._replace(count=jnp.zeros_like(part.count)) if schedule else part
+
+    def new(params: Any, opt_state: Any) -> TrainState:
+        opt_state = jax.tree.map(restarted, opt_state, is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState))
+        return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+
+    shardings = tree_shardings(jax.eval_shape(new, params, opt_state), rules, mesh)
+    with jax.set_mesh(mesh):
+        return jax.jit(new, out_shardings=shardings, donate_argnums=(0, 1))(params, opt_state)
+
+
 def _new_state(init: Callable[[jax.Array], Any], tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
     params = init(key)
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))

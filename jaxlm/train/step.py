@@ -96,8 +96,11 @@ def part_optimizer(tx: optax.GradientTransformation, trainable: Trainable | None
 
 
 def update_count(opt_state: Any) -> jax.Array:
-    """Updates applied so far, as optax counts them; skipped steps are not updates."""
-    return optax.tree.get_all_with_path(opt_state, "count")[0][1]
+    """Updates applied so far, as the schedule counts them; skipped steps are not updates.
+
+    Of several counts the schedule's comes last; that of Adam goes on when a stage begins anew.
+    """
+    return optax.tree.get_all_with_path(opt_state, "count")[-1][1]
 
 
 def _accumulate(

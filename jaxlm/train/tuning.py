@@ -1,7 +1,8 @@
-"""What recipes that tune chat models share: the model to start from, its language, its weights with adapters."""
+"""What recipes share that go on from a model: the model itself, its language, its weights with adapters or moments."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +21,32 @@ from jaxlm.model import lora
 from jaxlm.model.config import ModelConfig
 from jaxlm.model.lora import LoraConfig
 from jaxlm.model.partition import LORA_RULES, PARAM_RULES
+from jaxlm.train.checkpoint import Saved, saved_arrays
 from jaxlm.train.pretrained import Pretrained, load_weights, open_pretrained
+from jaxlm.train.state import TrainState
 
 RULES = (*PARAM_RULES, *LORA_RULES)
 TOKENIZER_DOCUMENTS = 50_000  # that a tokenizer is trained on, unless its configuration says how many
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """What a run changes of the model in its `init`, and what it takes over beside the weights."""
+
+    keep_optimizer: bool = False        # go on with the optimizer's moments of the run in `init`
+    max_positions: int | None = None    # in place of the model's; like rope_theta, no parameter depends on it
+    rope_theta: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_positions", "rope_theta"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"stage.{name} must be positive, got {value}")
+
+    def model(self, model: ModelConfig) -> ModelConfig:
+        """The model of this stage, given that of the one before."""
+        given = {"max_positions": self.max_positions, "rope_theta": self.rope_theta}
+        return replace(model, **{name: value for name, value in given.items() if value is not None})
 
 
 class Language(NamedTuple):
@@ -74,6 +97,24 @@ def spread_rows(sources: Sequence[Source], count: int | None) -> Iterator[dict[s
     share = -(-(count or TOKENIZER_DOCUMENTS) // len(sources))
     documents = (source[i] for source in sources for i in range(0, len(source), -(-len(source) // share)))
     return (json.loads(one.text) for one in documents if one)
+
+
+def starting_state(init: str, opened: Pretrained, abstract: TrainState, *, keep_optimizer: bool, mesh: Mesh) -> Saved:
+    """The weights of `init` on the mesh and, if asked for, the optimizer's state that belongs to them.
+
+    Arrays of a run folder go straight to where `abstract` wants them; others pass through the host. Weights that were
+    not saved as they are used (files, adapters) come without a digest.
+
+    ValueError: an optimizer's state asked for that `init` has not, or that has another structure.
+    """
+    is_run = (Path(init) / "checkpoints").is_dir()
+    if keep_optimizer and not is_run:
+        raise ValueError(f"stage.keep_optimizer goes on with the optimizer of a run folder, and --init {init} has "
+                         "weights only")
+    if not is_run or ((opened.lora.rank or opened.mtp_depth) and not keep_optimizer):  # not stored as they are used
+        return Saved({"params": starting_params(init, opened, LoraConfig(), 0, mesh)}, {})
+    fields = ("params", "opt_state") if keep_optimizer else ("params",)
+    return saved_arrays(Path(init), {name: getattr(abstract, name) for name in fields})
 
 
 def starting_params(init: str, opened: Pretrained, config: LoraConfig, seed: int, mesh: Mesh) -> Any:
