@@ -63,6 +63,15 @@ def write_sample(folder: Path, seed: int = 0) -> RawSample:
                      {"repaired: cp949": CP949, "repaired: mojibake": MOJIBAKE}, kept)
 
 
+def write_web(path: Path, language: str, count: int) -> Path:
+    """`count` raw documents in ko or en, each three of the embedded sample; the filters drop about a fifth of them."""
+    texts = [document.text for document in sample_documents(language, 3 * count)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": "\n".join(texts[i:i + 3])}, ensure_ascii=False) + "\n"
+                            for i in range(0, 3 * count, 3)), encoding="utf-8")
+    return path
+
+
 def _documents(language: str, count: int) -> list[str]:
     """Texts without a common sentence, in paragraphs of four, and within a text without a common pair of words.
 
