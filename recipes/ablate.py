@@ -1,7 +1,8 @@
 """What a choice does: variants of a training run, the same seeds for each, compared on the same held-out measures.
 
-    python -m recipes.ablate --arguments="--preset smoke" --seeds 1 2 3 --folder runs/masks \\
-        --variants masked= "unmasked=--pipeline.mask-documents False" --tasks facts_ko facts_en
+    python -m recipes.ablate                                    documents of a row apart or not, three seeds
+    python -m recipes.ablate --arguments="--preset smoke" --seeds 1 2 3 --folder runs/mix_ln --tasks facts_ko facts_en \\
+        --variants pre_ln= "mix_ln=--model.post-norm-layers 1"
     python -m recipes.ablate --recipe sft --arguments="--init runs/demo" \\
         --variants whole= "lora=--lora.rank 8 --optim.lr 1e-3"
 
@@ -37,7 +38,8 @@ class Config:
     recipe: Literal["pretrain", "sft", "preference", "distill"] = "pretrain"
     arguments: str = "--preset smoke"    # flags of every run, behind an equals sign: --arguments="--preset smoke"
     # NAME=FLAGS, the first is what the others are compared with
-    variants: tuple[str, ...] = ("masked=", "unmasked=--pipeline.mask-documents False")
+    variants: tuple[str, ...] = ("masked=--pipeline.no-reset-positions",
+                                 "unmasked=--pipeline.no-reset-positions --pipeline.no-mask-documents")
     seeds: tuple[int, ...] = (1, 2, 3)
     tasks: tuple[str, ...] = ()          # of lm-evaluation-harness, on the model at the end of a run
     measures: tuple[str, ...] = ()       # in the table; default: all that runs have

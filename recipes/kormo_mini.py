@@ -98,7 +98,7 @@ def learn(config: Config) -> dict[str, Path]:
     pretrain = ("--preset", "smoke", "--data.never-predict", "<think>", "--data.held-out", *config.held_out)
     train("stage1", "pretrain", *pretrain, "--tokenizer.path", tokenizer, "--model.vocab-size", config.vocab_size,
           "--optim.schedule.decay", 0, "--data.path", *corpus(config, SHARES["stage1"]))
-    train("stage2", "pretrain", *pretrain, "--init", models["stage1"], "--stage.keep-optimizer", True,
+    train("stage2", "pretrain", *pretrain, "--init", models["stage1"], "--stage.keep-optimizer",
           "--optim.schedule.warmup", 0, "--optim.schedule.decay", 0.5, "--data.path", *corpus(config, SHARES["stage2"]))
     train("sft", "sft", "--preset", "smoke", "--init", models["stage2"], "--template", "kormo", "--optim.lr", 1e-3,
           "--data.thinking", "hybrid", "--data.path", *config.chats)

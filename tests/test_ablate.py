@@ -3,14 +3,16 @@
 import itertools
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from jaxlm.core import command
+from jaxlm.core import config as flags
 from jaxlm.eval.ablation import ablation_table, difference
-from recipes import ablate
+from recipes import ablate, pretrain
 
 SCORES = {"plain": {1: {"bpb": 1.0}, 2: {"bpb": 2.0}, 3: {"bpb": 3.0}},
           "other": {1: {"bpb": 1.1}, 2: {"bpb": 2.2}, 3: {"bpb": 3.3}}}
@@ -32,9 +34,9 @@ def called(monkeypatch):
     lines = []
 
     def run(line, check, env):
-        module, flags = line[2], line[3:]
-        lines.append((module, flags))
-        options = dict(itertools.pairwise(flags))
+        module, given = line[2], line[3:]
+        lines.append((module, given))
+        options = dict(itertools.pairwise(given))
         if module == "recipes.evaluate":
             Path(options["--output"]).write_text(json.dumps({"results": {"facts_ko": {
                 "alias": "facts_ko", "acc,none": 0.5, "acc_stderr,none": 0.1}}}))
@@ -53,18 +55,18 @@ def called(monkeypatch):
 
 
 def test_runs_are_made_once_and_summarised(called, tmp_path, capsys):
-    flags = ["--arguments=--preset smoke", "--variants", "plain=", "fast=--optim.lr 1", "--tasks", "facts_ko",
+    given = ["--arguments=--preset smoke", "--variants", "plain=", "fast=--optim.lr 1", "--tasks", "facts_ko",
              "--folder", str(tmp_path), "--seeds"]
-    ablate.main([*flags, "2"])
-    ablate.main([*flags, "1", "2"])
+    ablate.main([*given, "2"])
+    ablate.main([*given, "1", "2"])
     assert [module for module, _ in called] == ["recipes.pretrain", "recipes.evaluate"] * 4
     assert shlex.join(called[2][1]).startswith("--preset smoke --optim.lr 1 --seed 2 --folder")
     text = (tmp_path / "summary.md").read_text()
     assert "| variant | bpb_ko | facts_ko/acc |" in text and "| fast | 2.1500 ± 0.0707 (+1.0000 ± 0.0000)" in text
     assert (tmp_path / "figure.png").stat().st_size > 1000 and "bpb_ko" in capsys.readouterr().out
-    flags[2:4] = ["plain=", "fast=--optim.lr 2"]
+    given[2:4] = ["plain=", "fast=--optim.lr 2"]
     with pytest.raises(SystemExit):
-        ablate.main([*flags, "1"])
+        ablate.main([*given, "1"])
     assert "seed_1 was made by recipes.pretrain --preset smoke --optim.lr 1 --seed 1, not by" in capsys.readouterr().err
 
 
@@ -74,7 +76,14 @@ def test_an_interrupted_run_goes_on(called, tmp_path):
     assert called[0][1][-1] == "--resume" and called[1][1][-1] == "--overwrite"
 
 
-@pytest.mark.parametrize(("flags", "said"), [
+def test_the_default_differs_in_the_mask_alone():
+    masked, unmasked = (flags.parse(pretrain.PRESETS, given, prog="", description="")
+                        for given in ablate.Config().flags().values())
+    assert masked.pipeline.mask_documents
+    assert replace(masked, pipeline=replace(masked.pipeline, mask_documents=False)) == unmasked
+
+
+@pytest.mark.parametrize(("given", "said"), [
     (["--variants", "plain="], "needs two at least"),
     (["--variants", "plain=", "plain=--optim.lr 1"], "each name once"),
     (["--variants", "plain=", "a b=--optim.lr 1"], "write NAME=FLAGS"),
@@ -84,7 +93,7 @@ def test_an_interrupted_run_goes_on(called, tmp_path):
     (["--seeds", "1", "--measures", "bpb_kr", "--variants", "plain=", "a=--optim.lr 1"], "no 'bpb_kr' in every run"),
     (["--seeds", "1", "--variants", "plain=", "a=--optim.lr nan"], "recipes.pretrain failed"),
 ])
-def test_faults_are_one_sentence(called, tmp_path, capsys, flags, said):
+def test_faults_are_one_sentence(called, tmp_path, capsys, given, said):
     with pytest.raises(SystemExit) as stopped:
-        ablate.main(["--folder", str(tmp_path), *flags])
+        ablate.main(["--folder", str(tmp_path), *given])
     assert stopped.value.code in (1, 2) and said in " ".join(capsys.readouterr().err.split())
