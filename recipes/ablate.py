@@ -1,8 +1,8 @@
 """What a choice does: variants of a training run, the same seeds for each, compared on the same held-out measures.
 
     python -m recipes.ablate                                    documents of a row apart or not, three seeds
-    python -m recipes.ablate --arguments="--preset smoke" --seeds 1 2 3 --folder runs/mix_ln --tasks facts_ko facts_en \\
-        --variants pre_ln= "mix_ln=--model.post-norm-layers 1"
+    python -m recipes.ablate --arguments="--preset smoke" --seeds 1 2 3 --folder runs/mix_ln \\
+        --variants pre_ln= "mix_ln=--model.post-norm-layers 1" --tasks facts_ko facts_en
     python -m recipes.ablate --recipe sft --arguments="--init runs/demo" \\
         --variants whole= "lora=--lora.rank 8 --optim.lr 1e-3"
 

@@ -27,6 +27,7 @@ from jaxlm.model.hf_encoder import load_encoder, save_encoder
 from jaxlm.model.hf_encoder_config import ENCODERS, read_encoder_config
 from jaxlm.model.safetensors_io import new_folder, write_json
 from jaxlm.retrieval.embed import POOLINGS, Pooling, TextEncoder
+from jaxlm.retrieval.representations import REPRESENTATIONS, Vectors
 
 MODULES, POOLING, NORMALIZE = "modules.json", "1_Pooling", "2_Normalize"
 LENGTHS, SETTINGS = "sentence_bert_config.json", "config_sentence_transformers.json"
@@ -49,21 +50,33 @@ PLAIN_MODULE = {
 log = logging.getLogger(__name__)
 
 
+def said_vectors(folder: Path | str) -> Vectors | None:
+    """The representation that a folder's modules are made for; None without `modules.json`: any, by a flag."""
+    if not (Path(folder) / MODULES).exists():
+        return None
+    return "sparse" if _chain(Path(folder)) == list(SPARSE_CLASSES) else "dense"
+
+
 def open_text_encoder(
-    folder: Path | str, *, pooling: Pooling | None = None, compute: ComputeConfig | None = None, mlm_head: bool = False,
+    folder: Path | str, *, pooling: Pooling | None = None, compute: ComputeConfig | None = None,
+    vectors: Vectors = "dense",
 ) -> TextEncoder:
     """An encoder or decoder with its tokenizer and modules, without its weights.
 
     Args:
       pooling: for a model folder without `modules.json`, which does not say it; such vectors have no unit length.
-      mlm_head: see `load_encoder`.
+      vectors: what will stand for a text. Sparse ones need the head of masked language modelling. Late ones of a
+        folder that does not say how they are compared are compared by cosine, as in ColBERT, sparse ones by products.
 
     Raises ValueError that names every module and setting which would change the vectors and is not computed here
     (Dense, pooling by maximum, prompts outside the pooling, ...), and for a tokenizer that is no `tokenizer.json`.
     """
     folder = Path(folder)
-    settings = _read(folder / SETTINGS, {}) if (folder / MODULES).exists() else {"similarity_fn_name": "dot"}
-    chosen, normalize = _modules(folder, pooling, mlm_head)
+    mlm_head = REPRESENTATIONS[vectors].mlm_head
+    chosen, normalize = _modules(folder, pooling, vectors)
+    # A dense model without modules is raw: its pooling comes from a flag, and so would all else.
+    said = vectors == "late" or (folder / MODULES).exists()
+    settings = _read(folder / SETTINGS, {}) if said else {"similarity_fn_name": "dot"}
     if architecture_of(folder) in ENCODERS:
         model = build_encoder(read_encoder_config(folder, mlm_head=mlm_head)[1], compute)
     elif mlm_head:
@@ -76,22 +89,27 @@ def open_text_encoder(
     before, after = tokenizer.frame
     return TextEncoder(
         model=model, tokenizer=tokenizer, pooling=chosen, normalize=normalize, before=before, after=after,
-        max_length=_max_length(folder, model.config.max_positions), **_settings(settings, folder / SETTINGS))
+        max_length=_max_length(folder, model.config.max_positions), **_settings(settings, folder / SETTINGS, vectors))
 
 
 def load_text_encoder(
     folder: Path | str, *, pooling: Pooling | None = None, compute: ComputeConfig | None = None,
-    dtype: Any = jnp.float32, put: Put | None = None, mlm_head: bool = False,
+    dtype: Any = jnp.float32, put: Put | None = None,
 ) -> tuple[TextEncoder, Any]:
-    """`open_text_encoder`, and its parameters (numpy arrays without `put`).
+    """`open_text_encoder` of dense vectors, and its parameters (numpy arrays without `put`).
 
     Args:
       dtype, put: of the parameters, as in `load_hf`.
     """
-    encoder = open_text_encoder(folder, pooling=pooling, compute=compute, mlm_head=mlm_head)
+    encoder = open_text_encoder(folder, pooling=pooling, compute=compute)
+    return encoder, load_weights(folder, encoder, dtype=dtype, put=put)
+
+
+def load_weights(folder: Path | str, encoder: TextEncoder, *, dtype: Any = jnp.float32, put: Put | None = None) -> Any:
+    """The parameters of an encoder that `open_text_encoder` made of the folder."""
     if isinstance(encoder.model, Encoder):
-        return encoder, load_encoder(folder, dtype=dtype, put=put, mlm_head=mlm_head)[1]
-    return encoder, load_hf(folder, dtype=dtype, put=put, backbone=True)[1]
+        return load_encoder(folder, dtype=dtype, put=put, mlm_head=encoder.model.config.mlm_head)[1]
+    return load_hf(folder, dtype=dtype, put=put, backbone=True)[1]
 
 
 def architecture_of(folder: Path | str) -> str:
@@ -106,13 +124,14 @@ def architecture_of(folder: Path | str) -> str:
 def save_text_encoder(
     folder: Path | str, encoder: TextEncoder, params: Any, *, architecture: str,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32", overwrite: bool = False,
-    vectors: Literal["dense", "sparse", "late"] = "dense",
+    vectors: Vectors = "dense",
 ) -> None:
     """Writes a folder with which `SentenceTransformer(folder)` gives the same vectors; whole or not at all.
 
     Args:
       architecture: a key of `jaxlm.model.hf_encoder_config.ENCODERS`, or of `hf_config.ARCHITECTURES` for a decoder.
-      vectors: sparse ones are those of `SparseEncoder(folder)`; for late ones the model is written without modules.
+      vectors: sparse ones are those of `SparseEncoder(folder)`; for late ones the model is written without modules,
+        with its settings (similarity, prompts), which `open_text_encoder(folder, vectors="late")` reads.
 
     With `dimension` sentence-transformers cuts after the normalisation, so that its vectors are shorter than 1; their
     cosines are the same. Raises ValueError for a tokenizer that is no `tokenizer.json`, a frame that is not that of its
@@ -142,8 +161,8 @@ def save_text_encoder(
 def _dense_files(encoder: TextEncoder) -> dict[str, Any]:
     chain = [name for name in CLASSES if name != "Normalize" or encoder.normalize]
     flags = {flag: name == encoder.pooling for name, (_, flag) in POOLING_NAMES.items()}
-    truncated = {} if encoder.dimension is None else {"truncate_dim": encoder.dimension}
-    files = _common_files(encoder, {name: f"sentence_transformers.models.{name}" for name in chain}, truncated) | {
+    classes = {name: f"sentence_transformers.models.{name}" for name in chain}
+    files = _common_files(encoder, classes, _truncated(encoder)) | {
         f"{POOLING}/config.json": {"word_embedding_dimension": encoder.model.config.d_model, **flags,
                                    "include_prompt": True}}
     return files | ({f"{NORMALIZE}/config.json": {}} if encoder.normalize else {})
@@ -162,27 +181,45 @@ def _common_files(encoder: TextEncoder, classes: Mapping[str, str], more: Mappin
         MODULES: [{"idx": i, "name": str(i), "path": paths[name], "type": kind}
                   for i, (name, kind) in enumerate(classes.items())],
         LENGTHS: {"max_seq_length": encoder.max_length, "do_lower_case": False},
-        SETTINGS: {"prompts": {"query": encoder.query_prompt, "document": encoder.passage_prompt},
-                   "default_prompt_name": None, "similarity_fn_name": encoder.similarity, **more},
+        SETTINGS: _settings_file(encoder) | more,
     }
 
 
-WRITTEN = {"dense": _dense_files, "sparse": _sparse_files, "late": lambda encoder: {}}
+def _late_files(encoder: TextEncoder) -> dict[str, Any]:
+    return {SETTINGS: _settings_file(encoder) | _truncated(encoder)}
 
 
-def _modules(folder: Path, given: Pooling | None, mlm_head: bool) -> tuple[Pooling, bool]:
-    """Pooling, and whether vectors get length 1; a model with its head is not pooled, and the first says nothing."""
+def _settings_file(encoder: TextEncoder) -> dict[str, Any]:
+    return {"prompts": {"query": encoder.query_prompt, "document": encoder.passage_prompt},
+            "default_prompt_name": None, "similarity_fn_name": encoder.similarity}
+
+
+def _truncated(encoder: TextEncoder) -> dict[str, Any]:
+    return {} if encoder.dimension is None else {"truncate_dim": encoder.dimension}
+
+
+WRITTEN = {"dense": _dense_files, "sparse": _sparse_files, "late": _late_files}
+
+
+def _modules(folder: Path, given: Pooling | None, vectors: Vectors) -> tuple[Pooling, bool]:
+    """Pooling, and whether vectors get length 1; they say nothing about vectors that are not pooled."""
+    pooled = REPRESENTATIONS[vectors].pooled
+    if given is not None and not pooled:
+        raise ValueError(f"pooling has no effect on {vectors} vectors; leave it out")
     if not (folder / MODULES).exists():
-        if given is None:
+        if given is None and pooled:
             raise ValueError(f"{folder} has no {MODULES}, so it does not say how to pool: give pooling, one of "
                              f"{', '.join(POOLINGS)}")
-        return given, False
-    chain = [str(module.get("type", "")).rpartition(".")[2] for module in _read(folder / MODULES)]
-    if chain == list(SPARSE_CLASSES) and mlm_head:
+        return given or "mean", False
+    chain = _chain(folder)
+    if chain == list(SPARSE_CLASSES):
+        if vectors != "sparse":
+            raise ValueError(f"{folder} is a SparseEncoder: its vectors are sparse, not {vectors}")
         _check_plain(_read(folder / SPLADE / "config.json"), {
             "pooling_strategy": "max", "activation_function": "relu",
             **dict.fromkeys(("word_embedding_dimension", "embedding_dimension"),
                             _read(folder / "config.json").get("vocab_size"))}, folder / SPLADE / "config.json")
+        _check_plain({"max_active_dims": _read(folder / SETTINGS, {}).get("max_active_dims")}, {}, folder / SETTINGS)
         return "mean", False
     if unknown := [name for name in chain if name not in CLASSES]:
         raise ValueError(f"{folder / MODULES}: module(s) {', '.join(unknown)} are not supported, only "
@@ -201,6 +238,11 @@ def _modules(folder: Path, given: Pooling | None, mlm_head: bool) -> tuple[Pooli
     return found, len(chain) == 3
 
 
+def _chain(folder: Path) -> list[str]:
+    """The classes of the modules."""
+    return [str(module.get("type", "")).rpartition(".")[2] for module in _read(folder / MODULES)]
+
+
 def _pooling(path: Path) -> Pooling:
     values = _read(path)
     modes = values.get("pooling_mode")
@@ -217,9 +259,9 @@ def _pooling(path: Path) -> Pooling:
     return ours[0]
 
 
-def _settings(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def _settings(values: Mapping[str, Any], path: Path, vectors: Vectors) -> dict[str, Any]:
     """The fields of a `TextEncoder` in the file for the whole model."""
-    similarity = values.get("similarity_fn_name") or "cosine"
+    similarity = values.get("similarity_fn_name") or ("dot" if vectors == "sparse" else "cosine")
     if similarity not in ("cosine", "dot"):
         raise ValueError(f"{path}: similarity_fn_name={similarity!r} is not supported, only 'cosine' and 'dot'")
     prompts = {name: text or "" for name, text in (values.get("prompts") or {}).items()}

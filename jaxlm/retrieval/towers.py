@@ -1,4 +1,8 @@
-"""The encoders of queries and of passages: one for both (siamese), or a tower each with parameters of its own."""
+"""The encoders of queries and of passages: one for both (siamese), or a tower each with parameters of its own.
+
+    exported/                             a model: siamese
+    exported/query, exported/passage      a model each: two towers
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -8,15 +12,25 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from jaxlm.core.mesh import place_leaf
 from jaxlm.model import lora
 from jaxlm.model.config import ComputeConfig
 from jaxlm.model.encoder import Encoder
 from jaxlm.model.hf import Put
 from jaxlm.model.lora import LoraConfig
+from jaxlm.model.partition import ENCODER_RULES
+from jaxlm.model.safetensors_io import INDEX, SINGLE
 from jaxlm.objective.contrastive import Similarity
 from jaxlm.retrieval.embed import Kind, Pooling, TextEncoder
-from jaxlm.retrieval.folder import MODULES, architecture_of, load_text_encoder, open_text_encoder, save_text_encoder
+from jaxlm.retrieval.folder import (
+    architecture_of,
+    load_weights,
+    open_text_encoder,
+    said_vectors,
+    save_text_encoder,
+)
 from jaxlm.retrieval.representations import REPRESENTATIONS, Representation, Vectors
 
 KINDS: tuple[Kind, ...] = ("query", "passage")
@@ -36,25 +50,18 @@ class TowersConfig:
         """The model of a tower."""
         return self.query_init if kind == "query" and self.query_init else self.init
 
-    def pooling_of(self, folder: str) -> Pooling | None:
-        """A representation that does not pool does not ask how; the field of the encoder holds something all the same.
-
-        ValueError for a pooling without effect.
-        """
-        if REPRESENTATIONS[self.vectors].pooled:
-            return self.pooling
-        if self.pooling is not None:
-            raise ValueError(f"--pooling has no effect on {self.vectors} vectors; leave it out")
-        return None if (Path(folder) / MODULES).exists() else "mean"
-
 
 class Towers(NamedTuple):
-    """Siamese parameters are those of the encoder, two towers' are `{"query": ..., "passage": ...}`."""
+    """Siamese parameters are those of the encoder, two towers' are `{"query": ..., "passage": ...}`.
+
+    A training step gets them as an argument, all else works with those that are held here.
+    """
 
     query: TextEncoder
     passage: TextEncoder
     shared: bool
     vectors: Vectors
+    params: Any = None
 
     def encoder(self, kind: Kind) -> TextEncoder:
         """That of a tower."""
@@ -63,6 +70,11 @@ class Towers(NamedTuple):
     def part(self, params: Any, kind: Kind) -> Any:
         """The parameters of a tower."""
         return params if self.shared else params[kind]
+
+    def at_work(self, kind: Kind) -> tuple[TextEncoder, Any]:
+        """A tower with its own parameters."""
+        assert self.params is not None
+        return self.encoder(kind), self.part(self.params, kind)
 
     def whole(self, make: Callable[[Kind], Any]) -> Any:
         """Parameters from those of each tower, made once where they share them."""
@@ -77,14 +89,63 @@ class Towers(NamedTuple):
         """How texts are encoded and compared."""
         return REPRESENTATIONS[self.vectors]
 
+    @property
+    def similarity(self) -> Similarity:
+        """How queries and passages are compared."""
+        return self.passage.similarity
 
-def siamese(encoder: TextEncoder, vectors: Vectors = "dense") -> Towers:
+
+def siamese(encoder: TextEncoder, vectors: Vectors = "dense", params: Any = None) -> Towers:
     """One encoder for queries and passages."""
-    return Towers(encoder, encoder, shared=True, vectors=vectors)
+    return Towers(encoder, encoder, shared=True, vectors=vectors, params=params)
 
 
-def open_towers(config: TowersConfig, compute: ComputeConfig, similarity: Similarity) -> Towers:
-    """The towers without their weights; they compare by `similarity`, whatever their folders say.
+def find_towers(folder: Path | str, query_folder: Path | str = "", *, vectors: Vectors | None = None,
+                pooling: Pooling | None = None) -> TowersConfig:
+    """The configuration of towers that lie in folders, as `save_towers` and others leave them.
+
+    Args:
+      folder: of one model, or of two with the names query and passage.
+      query_folder: of another model that encodes the queries.
+      vectors: None: sparse where the folder is a SparseEncoder, else dense; late ones no folder says.
+
+    ValueError: half of two towers, a folder that is both, towers of different vectors.
+    """
+    folder, query_folder = str(folder), str(query_folder or "")
+    if _is_pair(folder):
+        if query_folder:
+            raise ValueError(f"{folder} has a tower of queries already: leave out {query_folder}, or name "
+                             f"{folder}/passage")
+        folder, query_folder = f"{folder}/passage", f"{folder}/query"
+    elif query_folder and _is_pair(query_folder):
+        raise ValueError(f"{query_folder} holds two towers: name {query_folder}/query")
+    said = said_vectors(folder)
+    if query_folder and (other := said_vectors(query_folder)) != said and None not in (said, other):
+        raise ValueError(f"{query_folder} is made for {other} vectors and {folder} for {said} ones: they cannot be "
+                         "compared")
+    return TowersConfig(init=folder, query_init=query_folder, vectors=vectors or said or "dense", pooling=pooling)
+
+
+def _is_pair(folder: str) -> bool:
+    """Whether a folder holds two towers."""
+    here = [kind for kind in KINDS if (Path(folder) / kind).is_dir()]
+    if here and (Path(folder) / "config.json").exists():
+        raise ValueError(f"{folder} is a model and holds the folder {here[0]} of a tower too: name the one that is "
+                         f"meant as {folder}/{here[0]}, or move the other away")
+    for kind in KINDS if here else ():
+        tower = Path(folder) / kind
+        if not (tower / "config.json").is_file() or not any((tower / name).is_file() for name in (SINGLE, INDEX)):
+            raise ValueError(f"{tower} holds no model, but {folder} has a folder {here[0]}: two towers are complete as "
+                             "query and passage, each with config.json and model.safetensors")
+    return bool(here)
+
+
+def open_towers(config: TowersConfig, compute: ComputeConfig | None = None, similarity: Similarity | None = None
+                ) -> Towers:
+    """The towers without their weights.
+
+    Args:
+      similarity: by which they compare, whatever their folders say; None: as these say.
 
     ValueError for encoders that do not fit each other or the representation, and as `open_text_encoder` does.
     """
@@ -92,32 +153,46 @@ def open_towers(config: TowersConfig, compute: ComputeConfig, similarity: Simila
         raise ValueError("--init names the model to start from: a folder of sentence-transformers or transformers")
 
     def one(kind: Kind) -> TextEncoder:
-        folder = config.folder(kind)
-        encoder = open_text_encoder(folder, pooling=config.pooling_of(folder), compute=compute,
-                                    mlm_head=REPRESENTATIONS[config.vectors].mlm_head)
-        return replace(encoder, similarity=similarity, max_length=config.max_length or encoder.max_length)
+        encoder = open_text_encoder(config.folder(kind), pooling=config.pooling, compute=compute,
+                                    vectors=config.vectors)
+        return replace(encoder, similarity=similarity or encoder.similarity,
+                       max_length=config.max_length or encoder.max_length)
 
     passage = one("passage")
     query = one("query") if config.query_init else passage
-    if config.vectors == "sparse":
-        if query.tokenizer.fingerprint() != passage.tokenizer.fingerprint():
-            raise ValueError(f"{config.query_init} and {config.init} have different vocabularies, so their sparse "
-                             "vectors cannot be compared")
-    elif query.width != passage.width:
-        raise ValueError(f"vectors of {config.query_init} have {query.width} numbers, those of {config.init} "
-                         f"{passage.width}: they cannot be compared")
+    if config.vectors == "sparse" and query.tokenizer.fingerprint() != passage.tokenizer.fingerprint():
+        raise ValueError(f"{config.query_init} and {config.init} have different vocabularies, so their sparse vectors "
+                         "cannot be compared")
+    for name in ("similarity",) if config.vectors == "sparse" else ("width", "similarity"):
+        mine, other = getattr(query, name), getattr(passage, name)
+        if mine != other:
+            raise ValueError(f"{config.query_init} cannot encode queries for {config.init}: the {name} of its vectors "
+                             f"is {mine}, not {other}")
     return Towers(query, passage, shared=not config.query_init, vectors=config.vectors)
 
 
 def load_params(config: TowersConfig, towers: Towers, put: Put) -> Any:
     """The weights of the folders, placed by `put` with their path in the whole tree."""
     def one(kind: Kind) -> Any:
-        folder, before = config.folder(kind), "" if towers.shared else f"{kind}/"
-        return load_text_encoder(folder, pooling=config.pooling_of(folder),
-                                 mlm_head=towers.representation.mlm_head,
-                                 put=lambda path, leaf: put(before + path, np.asarray(leaf)))[1]
+        before = "" if towers.shared else f"{kind}/"
+        return load_weights(config.folder(kind), towers.encoder(kind),
+                            put=lambda path, leaf: put(before + path, np.asarray(leaf)))
 
     return towers.whole(one)
+
+
+def load_towers(config: TowersConfig, mesh: Mesh, *, check: Callable[[Towers], None] | None = None) -> Towers:
+    """Towers put to work, their parameters on a mesh.
+
+    Args:
+      check: raises what speaks against them before any weights are read.
+
+    ValueError: see `open_towers`.
+    """
+    towers = open_towers(config)
+    if check is not None:
+        check(towers)
+    return towers._replace(params=load_params(config, towers, partial(place_leaf, mesh=mesh, rules=ENCODER_RULES)))
 
 
 def adapted(towers: Towers, config: LoraConfig, key: jax.Array, params: Any) -> Any:
