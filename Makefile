@@ -1,11 +1,14 @@
-# Two commands on a fresh machine: `make demo` and `make test`. Both create .venv when it is missing or out of date.
+# Two commands on a fresh machine: `make demo` and `make test`. All create .venv when it is missing or out of date.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo kormo-mini test lint clean
 
 demo: .venv/core.done
 	$(BIN)/python -m recipes.pretrain --preset smoke --folder runs/demo --overwrite
+
+kormo-mini: .venv/test.done
+	$(BIN)/python -m recipes.kormo_mini --folder runs/kormo_mini
 
 test: .venv/test.done lint
 	$(BIN)/python -m pytest -n 2

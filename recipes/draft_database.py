@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.core.command import run_command
-from jaxlm.data.sources import find_files, open_source, parse_source
+from jaxlm.data.sources import MIXED, find_files, open_source, parse_source
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.generate.databases import build_corpus, build_model_table, save_database
 from jaxlm.generate.engine import Engine, EngineConfig, serve
@@ -91,7 +91,7 @@ def prompts_of(spec: str) -> Iterator[Prompt]:
             for path in find_files(spec):
                 yield from read_prompts(path)
             return
-    for number, document in enumerate(open_source(parse_source(spec))):
+    for number, document in enumerate(open_source(parse_source(spec, unread=MIXED))):
         if document is not None:
             yield Prompt(document.text, where=f"{spec}, document {number}")
 
@@ -176,7 +176,7 @@ def write_answers(config: Config, loaded: Pretrained, prompts: Mapping[str, tupl
 
 def documents(config: Config, tokenizer: Tokenizer, facts: dict[str, int]) -> Iterator[np.ndarray]:
     """The ids of documents up to the limit; counts them in `facts`."""
-    sources = [open_source(parse_source(spec)) for spec in config.data]
+    sources = [open_source(parse_source(spec, unread=MIXED)) for spec in config.data]
     pace, left = Pace(sum(map(len, sources))), config.max_tokens
     try:
         for document in (document for source in sources for document in source):

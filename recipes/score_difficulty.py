@@ -26,7 +26,7 @@ from jaxlm.core.files import replacing
 from jaxlm.data.chat_examples import Chat, ChatFormat, encode_source
 from jaxlm.data.conversations import TrainOn, open_conversations
 from jaxlm.data.packing import to_inputs
-from jaxlm.data.sources import parse_source
+from jaxlm.data.sources import MIXED, parse_source
 from jaxlm.data.tokenizer import check_vocabulary
 from jaxlm.data.tokenizer_training import TokenizerConfig
 from jaxlm.model.config import ComputeConfig
@@ -122,7 +122,8 @@ def run(config: Config) -> None:
     language = open_language(opened, config.template, TokenizerConfig(), opened.config.vocab_size, ())
     check_vocabulary(language.tokenizer, opened.config.vocab_size)
     form = ChatFormat(language.template, language.tokenizer, config.train_on)
-    sources = [open_conversations(parse_source(spec), max_bad_rows=config.max_bad_rows) for spec in config.data]
+    sources = [open_conversations(parse_source(spec, unread=MIXED), max_bad_rows=config.max_bad_rows)
+               for spec in config.data]
     encoded = [encode_source(source, form, seq_len=config.seq_len, max_bad_rows=config.max_bad_rows)
                for source in sources]
     params = jax.tree.map(jnp.asarray, load_weights(config.source, opened).params)

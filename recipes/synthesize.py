@@ -49,7 +49,7 @@ from jaxlm.data.prompt_styles import (
     read_turns,
 )
 from jaxlm.data.rows import Document
-from jaxlm.data.sources import open_source, parse_source
+from jaxlm.data.sources import MIXED, open_source, parse_source
 from jaxlm.data.tokenizer import ByteTokenizer
 from jaxlm.generate.engine import Engine, EngineConfig, serve
 from jaxlm.generate.prompts import Prompt, Reader, make_asks
@@ -196,7 +196,7 @@ def read_seeds(config: Config) -> list[tuple[str, Document]]:
     found: list[tuple[str, Document]] = []
     names: set[str] = set()
     for spec in config.seeds:
-        source = open_source(parse_source(spec), max_bad_rows=config.max_bad_rows)
+        source = open_source(parse_source(spec, unread=MIXED), max_bad_rows=config.max_bad_rows)
         if source.name in names:
             raise ValueError(f"seeds: two sources are called {source.name}; give one another name by ?name=")
         names.add(source.name)

@@ -157,6 +157,9 @@ def build(config: Config) -> None:
     names = [source.name for source in held_out]
     if len(set(names)) < len(names):
         raise ValueError(f"two held-out sources have the same name: {', '.join(names)}; give them a name=")
+    if limited := [source.name for source in sources if source.config.epochs or source.config.cap]:
+        raise ValueError(f"source {limited[0]}: epochs and cap have no effect on a tokenizer's text; --num-bytes is "
+                         "how much of it there is")
     if config.data.never_predict:
         raise ValueError("data.never_predict has no effect on a tokenizer")
     pairs = open_parallel(config.parallel, max_bad_rows=config.data.max_bad_rows)

@@ -94,7 +94,7 @@ def test_files(tmp_path):
     table.write_text("prompt\tanswer\n2+2?\t4\n")
     with pytest.raises(ValueError, match=r"judged\.tsv: no field 'chosen'"):
         open_preference_rows(SourceConfig(path=str(table)))
-    for message, spec in {"weight has no effect": f"{path}?weight=2", "text_field has no effect":
+    for message, spec in {"weight has an effect on mixtures": f"{path}?weight=2", "text_field has no effect":
                           f"{path}?text_field=a"}.items():
         with pytest.raises(ValueError, match=message):
             open_preferences(PreferenceDataConfig(path=(spec,)))

@@ -160,7 +160,7 @@ def test_wrong_flags_and_data(tmp_path, corpus, capfd):
         "min_ratio has no effect with kind wsd and decay 0": [
             "--optim.schedule.min-ratio", "0.1", "--optim.schedule.decay", "0"],
         "keep_every 3 is not a multiple of checkpoint.every 2": ["--checkpoint.keep-every", "3"],
-        "weight has an effect on training sources only": ["--data.held-out", corpus[0]],
+        "weight has an effect on mixtures of training data only": ["--data.held-out", corpus[0]],
         "holds no run": ["--resume"],
         "give one of them": ["--resume", "--overwrite"],
         "--plan writes nothing: leave out --resume": ["--resume", "--plan", "v5e:2x2"],

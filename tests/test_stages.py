@@ -177,7 +177,7 @@ def test_wrong_stages(files, first, tmp_path, capfd):
         "weight must be a positive number, got -1": [*init, "--data.path", data + "?weight=-1"],
         "cap 63 is less than a row of 64 tokens in each of 1 parts": [*init, "--data.path", data + "?cap=63"],
         "the data end after 1 steps at most, .* loop.steps is 2": [*init, "--data.path", data + "?cap=1023"],
-        "epochs has an effect on training sources only": [*init, "--data.held-out", data + "?epochs=1"],
+        "epochs has an effect on mixtures of training data only": [*init, "--data.held-out", data + "?epochs=1"],
         "mask_documents False lets documents .* --pipeline.no-reset-positions": [*init, "--pipeline.no-mask-documents"],
     }
     for message, arguments in cases.items():

@@ -12,7 +12,7 @@ from jaxlm.core.config import nearest
 from jaxlm.data.difficulty import parse_balance, read_difficulty
 from jaxlm.data.rows import BadRow, Document, RowReader, SourceConfig, decode_json, missing_field
 from jaxlm.data.sample_chats import SAMPLE_THINKING, SampleChats, sample_thinking
-from jaxlm.data.sources import Source, open_rows, parse_source
+from jaxlm.data.sources import MIXED, Source, open_rows, parse_source
 from jaxlm.data.thinking import REASONING, Thinking
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -69,10 +69,8 @@ class TuningDataConfig(ConversationsConfig):
 def open_corpora(config: ConversationsConfig) -> tuple[list[Source], list[Source]]:
     """The sources to train on and those held out; ValueError as `open_conversations`, and for a held-out weight."""
     balanced = isinstance(config, TuningDataConfig) and config.balance
-    paths, held_out = ([parse_source(spec) for spec in specs] for specs in (config.path, config.held_out))
-    for path in held_out:
-        if path.weight != 1:
-            raise ValueError(f"data.held_out {path.path}: weight has an effect on training sources only")
+    paths, held_out = ([parse_source(spec, unread=unread) for spec in specs]
+                       for specs, unread in ((config.path, ()), (config.held_out, MIXED)))
     fields = (config.difficulty_field if balanced else "", "")  # what is held out is measured, not drawn
     return tuple([open_conversations(path, max_bad_rows=config.max_bad_rows, difficulty_field=field) for path in part]
                  for part, field in zip((paths, held_out), fields, strict=True))

@@ -3,8 +3,7 @@
 import logging
 from dataclasses import dataclass
 
-from jaxlm.data.rows import SourceConfig
-from jaxlm.data.sources import Source, open_source, parse_source
+from jaxlm.data.sources import MIXED, Source, open_source, parse_source
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +28,8 @@ def open_corpus(config: CorpusConfig) -> tuple[list[Source], list[Source]]:
 
     Raises ValueError: what `parse_source` and `open_source` say, and an option of mixtures at a held-out source.
     """
-    paths, held_out = ([parse_source(spec) for spec in specs] for specs in (config.path, config.held_out))
-    for path in held_out:
-        for name in ("weight", "epochs", "cap"):
-            if getattr(path, name) != getattr(SourceConfig(path=path.path), name):
-                raise ValueError(f"data.held_out {path.path}: {name} has an effect on training sources only")
+    paths, held_out = ([parse_source(spec, unread=unread) for spec in specs]
+                       for specs, unread in ((config.path, ()), (config.held_out, MIXED)))
     opened = [[open_source(path, max_bad_rows=config.max_bad_rows) for path in part] for part in (paths, held_out)]
     for source in (*opened[0], *opened[1]):
         limits = "".join(f", {name} {value:g}" for name in ("epochs", "cap") if (value := getattr(source.config, name)))

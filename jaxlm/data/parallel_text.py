@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from jaxlm.data.rows import BadRow, Document, RowReader, missing_field
 from jaxlm.data.sample import statements
 from jaxlm.data.sample_facts import facts
-from jaxlm.data.sources import open_source, parse_source
+from jaxlm.data.sources import MIXED, open_source, parse_source
 
 SIDES = ("ko", "en")
 # The two wordings of such a fact say different things: each names the word of the other language.
@@ -46,11 +46,11 @@ def open_parallel(spec: str, *, max_bad_rows: int = 0) -> list[Pair]:
     """
     if spec == "sample":
         return sample_pairs()
-    config = parse_source(spec)
+    config = parse_source(spec, unread=MIXED)
     if config.path.startswith("sample:"):
         raise ValueError(f"parallel text {spec!r}: the embedded pairs are called just 'sample'")
     for name, default in (("text", None), ("text_field", "text"), ("language", None), ("language_field", None),
-                          ("source_field", None), ("weight", 1.0)):
+                          ("source_field", None)):
         if getattr(config, name) != default:
             raise ValueError(f"parallel text {spec!r}: {name} has no effect; the sides are the fields ko and en")
     source = open_source(config, max_bad_rows=max_bad_rows, reader=ParallelReader)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from jaxlm.data.conversations import TooLong, read_conversation
 from jaxlm.data.rows import BadRow, Document, RowReader, SourceConfig, missing_field
 from jaxlm.data.sample_preferences import SamplePreferences
-from jaxlm.data.sources import NO_TEXT, Source, open_rows, parse_source
+from jaxlm.data.sources import MIXED, NO_TEXT, Source, open_rows, parse_source
 
 PROMPT = ("messages", "prompt")
 SIDES = {"pair": ("chosen", "rejected"), "judged": ("completion", "label")}
@@ -42,11 +42,8 @@ class PreferenceDataConfig:
 
 def open_preferences(config: PreferenceDataConfig) -> tuple[list[Source], list[Source]]:
     """The sources to train on and those held out; ValueError as `open_preference_rows`, and for weights."""
-    paths, held_out = ([parse_source(spec) for spec in specs] for specs in (config.path, config.held_out))
-    for one in (*paths, *held_out):
-        if one.weight != 1:
-            raise ValueError(f"source {one.path!r}: weight has no effect on preference rows, which are shuffled "
-                             "together")
+    # Preference rows of all sources are shuffled together: no mixture.
+    paths, held_out = ([parse_source(spec, unread=MIXED) for spec in specs] for specs in (config.path, config.held_out))
     names = [source.name or source.path for source in held_out]
     if len(set(names)) < len(names):
         raise ValueError(f"two held-out sources have the same name: {', '.join(names)}; give them a name=")

@@ -30,13 +30,17 @@ READERS = {".jsonl": read_jsonl, ".jsonl.gz": read_jsonl, ".jsonl.zst": read_jso
 _ARRAY_RECORD = re.compile(r"\.(array_?record)(-\d{5}-of-\d{5})?$")
 DEFAULT_SAMPLE = 1000
 NO_TEXT = ("text", "source_field", "language", "language_field")  # options that only documents of text have
+MIXED = ("weight", "epochs", "cap")  # options that only a mixture of training data has
 PROBED_RECORDS, FINGERPRINT_DOCUMENTS = 1000, 64
 
 logger = logging.getLogger(__name__)
 
 
-def parse_source(spec: str) -> SourceConfig:
+def parse_source(spec: str, *, unread: Sequence[str] = ()) -> SourceConfig:
     """`PATH?key=value&key=value` as a configuration; `include` and `exclude` may come several times.
+
+    `unread`: options without effect where the source is read (`MIXED`: it is no part of a mixture); ValueError for one
+    that is given.
 
     Values are percent-decoded (`%0A` newline, `%26` ampersand); `+` stays a plus. The first `?` ends the path, so a
     glob uses `*` and `[...]` here. ValueError for an unknown key, a repeated key or a value of the wrong kind.
@@ -52,6 +56,8 @@ def parse_source(spec: str) -> SourceConfig:
                              f"{', '.join(hints)}")
         if not equals:
             raise ValueError(f"source {spec!r}: option {key!r} needs a value")
+        if key in unread:
+            raise ValueError(f"source {spec!r}: {key} has an effect on mixtures of training data only")
         try:
             value = urllib.parse.unquote(value, errors="strict")
             if key in ("include", "exclude"):
