@@ -101,14 +101,14 @@ def learn(config: Config) -> dict[str, Path]:
     train("stage2", "pretrain", *pretrain, "--init", models["stage1"], "--stage.keep-optimizer",
           "--optim.schedule.warmup", 0, "--optim.schedule.decay", 0.5, "--data.path", *corpus(config, SHARES["stage2"]))
     train("sft", "sft", "--preset", "smoke", "--init", models["stage2"], "--template", "kormo", "--optim.lr", 1e-3,
-          "--data.thinking", "hybrid", "--data.path", *config.chats)
+          "--loop.steps", 500, "--data.thinking", "hybrid", "--data.path", *config.chats)
     train("preference", "preference", "--preset", "smoke", "--init", models["sft"], "--loss.method", "dpo",
           "--loss.beta", 0.1, "--optim.lr", 1e-4, "--loop.steps", 100, "--data.path", *config.pairs)
     return models
 
 
 def talk(config: Config, model: Path) -> dict[str, list[str]]:
-    """What a model says to every question, with and without reasoning."""
+    """What a model says to every question, reasoning first, where it is asked to reason and where not."""
     asked = config.folder / "questions.jsonl"
     asked.write_text("".join(json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in config.questions),
                      encoding="utf-8")
@@ -117,7 +117,8 @@ def talk(config: Config, model: Path) -> dict[str, list[str]]:
         output = config.folder / f"answers_thinking_{thinking}.jsonl"
         run_recipe("generate", output, "--source", model, "--file", asked, "--chat", "--thinking", thinking,
                    "--sampling.max-new-tokens", 96, "--output", output)
-        said[thinking] = [json.loads(line)["text"] for line in output.read_text(encoding="utf-8").splitlines()]
+        rows = sorted(map(json.loads, output.read_text(encoding="utf-8").splitlines()), key=lambda row: row["prompt"])
+        said[thinking] = [" → ".join(filter(None, (row.get("reasoning"), row["text"]))) for row in rows]
     return said
 
 
@@ -137,7 +138,9 @@ def summary(config: Config, models: dict[str, Path]) -> str:
                        for key, value in record.items() if key.startswith("eval/")} for name, model in models.items()}
     said = talk(config, exported)
     tasks = list(scores["stage1"])
-    lines = [f"# {config.folder}", "", (config.folder / "curated/report.md").read_text(encoding="utf-8").strip(), "",
+    report = (config.folder / "curated/report.md").read_text(encoding="utf-8")
+    counts = report.split("\n## ")[0].removeprefix("# Curation").strip()  # examples of what was dropped come after them
+    lines = [f"# {config.folder}", "", "## Curation", "", counts, "",
              "## What the models know (accuracy of the tasks; chance of the embedded ones is 0.25)", "",
              f"| model | {' | '.join(tasks)} |", "| --- |" + " --- |" * len(tasks),
              *(f"| {name} | {' | '.join(f'{found[task]:.3f}' for task in tasks)} |" for name, found in scores.items()),

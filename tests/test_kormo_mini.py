@@ -46,7 +46,8 @@ def called(monkeypatch):
             config.output.write_text(json.dumps({"results": {"facts_ko": {"acc,none": 0.25 + len(lines) / 100}}}))
         elif module == "recipes.generate":
             Path(options["--output"]).write_text("".join(
-                json.dumps({"text": f"answer {i}"}) + "\n" for i in range(len(kormo_mini.QUESTIONS))))
+                json.dumps({"prompt": i, "text": f"answer {i}"}) + "\n"  # in the order in which they were ready
+                for i in reversed(range(len(kormo_mini.QUESTIONS)))))
         else:
             (config.folder / "checkpoints/1").mkdir(parents=True)
             (config.folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "eval/bpb_ko": 0.5}) + "\n")
@@ -75,7 +76,8 @@ def test_every_stage_starts_where_the_one_before_ended(called, tmp_path, capsys)
     assert [config.model.name for name, config, _ in called if name == "evaluate"] == [
         "stage1", "stage2", "sft", "exported"]
     text = (folder / "summary.md").read_text()
-    assert "| preference | 0.360 |" in text and "- sft: bpb_ko 0.5000" in text and "'answer 2'" in text
+    assert "| preference | 0.360 |" in text and "- sft: bpb_ko 0.5000" in text
+    assert text.index("'answer 0'") < text.index(kormo_mini.QUESTIONS[1]) < text.index("'answer 1'")
     assert text.strip() in capsys.readouterr().out
     kormo_mini.main(["--folder", str(folder), "--flags.sft=--loop.steps 7", "--vocab-size", "1024"])
     assert len(called) == len(names), "nothing is made twice"
