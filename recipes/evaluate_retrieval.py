@@ -4,8 +4,10 @@
     python -m recipes.evaluate_retrieval --data "timeqa?split=dev" --models base merged --group relation --output out
     python -m recipes.evaluate_retrieval --mteb SciFact STSBenchmark --models runs/retriever/exported --output out
 
-A model is a folder of sentence-transformers, or with `--pooling` one of transformers; `bm25` ranks by words (needs
-`jaxlm[rl]`); a TREC run file is measured as it is. Search is exact, or with `--index.kind` that of FAISS. Measures have
+A model is a folder of sentence-transformers, or with `--pooling` one of transformers; a SparseEncoder (SPLADE); with
+`--vectors late` a model whose tokens are compared (MaxSim); what `recipes.train_retriever` exports, two towers too.
+`bm25` ranks by words (needs `jaxlm[rl]`); a TREC run file is measured as it is. Search is exact, or of dense vectors
+with `--index.kind` that of FAISS; sparse and late vectors are encoded and scored block by block. Measures have
 trec_eval's semantics; every model is compared with the first by a paired permutation test, corrected for their number
 (Holm). `--output` keeps the runs as TREC files and the numbers as JSON. With `--mteb` the package mteb (`jaxlm[mteb]`)
 loads its tasks, from the network the first time, and measures; `--output` keeps its files, and what is there is not run
@@ -29,9 +31,11 @@ from jaxlm.eval.ranking import BEIR, RankingResult, Run, evaluate_run, group_mea
 from jaxlm.eval.stats import bootstrap_interval, holm, paired_test
 from jaxlm.retrieval.bm25 import bm25_index, bm25_search
 from jaxlm.retrieval.embed import Pooling
-from jaxlm.retrieval.faiss_index import IndexConfig, open_index
+from jaxlm.retrieval.faiss_index import IndexConfig
 from jaxlm.retrieval.index import as_run
-from jaxlm.retrieval.retriever import open_retriever, passage_blocks, query_vectors
+from jaxlm.retrieval.representations import Vectors
+from jaxlm.retrieval.searcher import open_searcher
+from jaxlm.retrieval.towers import find_towers, load_towers
 
 PROG = "recipes.evaluate_retrieval"
 OURS = ("data", "measures", "depth", "group", "ignore_identical_ids", "index")  # what mteb decides itself
@@ -46,6 +50,7 @@ class Config:
     mteb: tuple[str, ...] = ()           # names of tasks of mteb, instead of data
     models: tuple[str, ...] = ()         # the first is what the others are compared with
     query_model: str = ""                # another folder that encodes the queries for the models, of two towers
+    vectors: Vectors | None = None       # of the models; None: as their folders say, which none says of late ones
     pooling: Pooling | None = None       # of folders without modules.json
     measures: tuple[str, ...] = BEIR
     depth: int = 100                     # documents of each query that are kept
@@ -78,8 +83,8 @@ def check(config: Config) -> None:
         raise ValueError(f"--{given[0].replace('_', '-')} has no effect on tasks of mteb; leave it out")
     if config.mteb and len(encoders) < len(config.models):
         raise ValueError("tasks of mteb are encoded: --models may name folders of models only")
-    if not encoders and (config.query_model or config.index != IndexConfig()):
-        raise ValueError("--query-model and --index have no effect on bm25 and run files")
+    if not encoders and (config.query_model or config.vectors or config.index != IndexConfig()):
+        raise ValueError("--query-model, --vectors and --index have no effect on bm25 and run files")
     if config.index.file and len(encoders) > 1:
         raise ValueError("--index.file keeps the index of one model; name one, or leave it out")
 
@@ -93,12 +98,12 @@ def run_of(config: Config, name: str, data: BeirSet) -> Run:
         hits = bm25_search(bm25_index(list(data.corpus.values())), list(data.queries.values()), config.depth, ids=ids)
         return as_run(hits, list(data.queries), ids)
     mesh = make_mesh(config.mesh)
-    retriever = open_retriever(name, mesh, query_folder=config.query_model, pooling=config.pooling)
+    found = find_towers(name, config.query_model, vectors=config.vectors, pooling=config.pooling)
+    searcher = open_searcher(found, mesh, list(data.corpus.values()), ids=list(data.corpus), index=config.index,
+                             batch_tokens=config.batch_tokens, keep=False)
     with jax.set_mesh(mesh):
-        blocks = passage_blocks(retriever, list(data.corpus.values()), batch_tokens=config.batch_tokens)
-        search = open_index(config.index, blocks, similarity=retriever.similarity, ids=list(data.corpus))
-        queries = query_vectors(retriever, list(data.queries.values()), batch_tokens=config.batch_tokens)
-        return as_run(search(queries, config.depth), list(data.queries), list(data.corpus))
+        hits = searcher.search(searcher.encode(list(data.queries.values())), config.depth)
+    return as_run(hits, list(data.queries), list(data.corpus))
 
 
 def groups_of(config: Config, data: BeirSet) -> dict[str, str]:
@@ -147,8 +152,9 @@ def evaluate_on_mteb(config: Config) -> None:
     mesh, scores = make_mesh(config.mesh), {}
     tasks = mteb_tasks(config.mteb)
     for name in config.models:
-        retriever = open_retriever(name, mesh, query_folder=config.query_model, pooling=config.pooling)
-        model = mteb_model(retriever, Path(name).resolve().name, batch_tokens=config.batch_tokens)
+        found = find_towers(name, config.query_model, vectors=config.vectors, pooling=config.pooling)
+        towers = load_towers(found, mesh)
+        model = mteb_model(towers, Path(name).resolve().name, batch_tokens=config.batch_tokens)
         with jax.set_mesh(mesh):
             scores[name] = mteb_scores(model, tasks, config.output and config.output / "mteb")
     names = list(next(iter(scores.values())))

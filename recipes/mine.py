@@ -7,7 +7,9 @@
 
 The data are a folder of BEIR, whose corpus is searched, or a JSONL file of rows, where all passages of all rows are the
 corpus. Candidates come from `--model`, from BM25 (`jaxlm[rl]`), or from both in turn (`--source mixed`). A model, where
-one is named, scores them all, those of BM25 too; BM25 alone filters by its own scores. Filters: ranks, scores, margins
+one is named, scores them all, those of BM25 too; BM25 alone filters by its own scores. The model may be a SparseEncoder
+(SPLADE), with `--representation late` one whose tokens are compared (MaxSim), and two towers as
+`recipes.train_retriever` exports them. Filters: ranks, scores, margins
 below the positive (NV-Retriever's 95 %: `--mine.relative-margin 0.05`; they need a model), copies of a positive,
 passages with an answer (`--answers`); what each left out is counted. `recipes.train_retriever` reads the result.
 Minutes for 10,000 passages with a model, seconds with BM25.
@@ -15,8 +17,9 @@ Minutes for 10,000 passages with a model, seconds with BM25.
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -31,10 +34,12 @@ from jaxlm.data.json_rows import read_rows
 from jaxlm.data.retrieval_rows import QUERY, Passage, RetrievalRow, read_retrieval_rows
 from jaxlm.retrieval.bm25 import bm25_index, bm25_search
 from jaxlm.retrieval.embed import Pooling
-from jaxlm.retrieval.faiss_index import IndexConfig, open_index
+from jaxlm.retrieval.faiss_index import IndexConfig
 from jaxlm.retrieval.index import Hits
-from jaxlm.retrieval.mine import MineConfig, Mined, interleaved, mine, score_rows, scored
-from jaxlm.retrieval.retriever import open_retriever, passage_blocks, query_vectors
+from jaxlm.retrieval.mine import MineConfig, Mined, interleaved, mine, scored
+from jaxlm.retrieval.representations import Vectors
+from jaxlm.retrieval.searcher import open_searcher
+from jaxlm.retrieval.towers import find_towers
 
 PROG = "recipes.mine"
 log = logging.getLogger(PROG)
@@ -46,13 +51,14 @@ class Config:
 
     model: str = ""                   # a folder of sentence-transformers or transformers
     query_model: str = ""             # another one that encodes the queries, of two towers
-    source: Literal["dense", "bm25", "mixed"] = "dense"  # who finds the candidates
+    representation: Vectors | None = None  # None: as the folder says, which none says of late vectors
+    source: Literal["dense", "bm25", "mixed"] = "dense"  # who finds the candidates: the model, BM25, both in turn
     data: str = ""                    # a BEIR folder, `folder?split=train`, or a JSONL file of rows
     answers: str = ""                 # a field of the queries (or rows) with strings that no negative may contain
     output: Path = Path("mined.jsonl")
     mine: MineConfig = field(default_factory=MineConfig)
     depth: int = 100                  # ranks that are looked at
-    vectors: Path | None = None       # a folder that keeps the vectors of the corpus
+    vectors: Path | None = None       # a folder that keeps the dense vectors of the corpus
     pooling: Pooling | None = None    # of a folder without modules.json
     batch_tokens: int = 8192
     index: IndexConfig = field(default_factory=IndexConfig)
@@ -66,7 +72,7 @@ class Config:
             raise ValueError("--index has no effect with --source bm25")
         if self.source != "bm25" or self.model:
             return
-        for name in ("query_model", "vectors", "pooling"):
+        for name in ("query_model", "representation", "vectors", "pooling"):
             if getattr(self, name):
                 raise ValueError(f"--{name.replace('_', '-')} has no effect with --source bm25 and no --model")
         for name in ("absolute_margin", "relative_margin"):
@@ -123,44 +129,30 @@ def found_negatives(config: Config, rows: Sequence[RetrievalRow], corpus: Sequen
     queries, texts = [row.query for row in rows], [one.text for one in corpus]
     by_words = bm25_search(bm25_index(texts), queries, config.depth) if config.source != "dense" else None
     if config.model:
-        hits, scores = dense_hits(config, queries, texts, by_words and by_words.rows, positives)
+        hits, scores = model_hits(config, queries, texts, by_words and by_words.rows, positives)
     else:
         hits, scores = by_words, None
     return mine(hits, queries, positives, texts.__getitem__, config.mine, positive_scores=scores,
                 answers=answers and [answers[query] for query in queries])
 
 
-def dense_hits(config: Config, queries: Sequence[str], texts: Sequence[str], by_words: np.ndarray | None,
+def model_hits(config: Config, queries: Sequence[str], texts: Sequence[str], by_words: np.ndarray | None,
                positives: Sequence[Sequence[int]]) -> tuple[Hits, list[list[float]]]:
     """The candidates of the source as the model scores them, and the scores of the positives."""
-    mesh = make_mesh(config.mesh)
-    retriever = open_retriever(config.model, mesh, query_folder=config.query_model, pooling=config.pooling)
-    similarity = retriever.similarity
+    mesh, searches = make_mesh(config.mesh), config.source != "bm25"
+    towers = find_towers(config.model, config.query_model, vectors=config.representation, pooling=config.pooling)
+    searcher = open_searcher(towers, mesh, texts, index=config.index if searches else None, folder=config.vectors,
+                             batch_tokens=config.batch_tokens)
     with jax.set_mesh(mesh):
-        blocks = passage_blocks(retriever, texts, config.vectors, batch_tokens=config.batch_tokens)
-        asked = query_vectors(retriever, queries, batch_tokens=config.batch_tokens)
-        found = None if config.source == "bm25" else open_index(config.index, blocks, similarity=similarity)(
-            asked, config.depth)
-    vectors = reader(blocks)
-    if by_words is not None:
-        rows = by_words
-        if found is not None:
-            rows = interleaved(found.rows, by_words[:, :found.rows.shape[1]])[:, :config.depth]
-        found = scored(rows, asked, vectors, similarity=similarity)
-    return found, score_rows(asked, vectors, positives, similarity=similarity)
-
-
-def reader(blocks: Sequence[np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
-    """Rows [n] of a corpus in blocks to their vectors [n, D]."""
-    starts = np.cumsum([0, *map(len, blocks)])
-
-    def read(rows: np.ndarray) -> np.ndarray:
-        found = np.empty((len(rows), blocks[0].shape[1]), blocks[0].dtype)
-        for i, (block, row) in enumerate(zip(np.searchsorted(starts, rows, side="right") - 1, rows, strict=True)):
-            found[i] = blocks[block][row - starts[block]]
-        return found
-
-    return read
+        asked = searcher.encode(queries)
+        found = searcher.search(asked, config.depth) if searches else None
+        scores = partial(searcher.scores, asked)
+        if by_words is not None:
+            rows = by_words
+            if found is not None:
+                rows = interleaved(found.rows, by_words[:, :found.rows.shape[1]])[:, :config.depth]
+            found = scored(rows, scores)
+        return found, scores(positives)
 
 
 def run(config: Config) -> None:

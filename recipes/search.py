@@ -5,10 +5,12 @@
     python -m recipes.search --model passages --query-model queries --corpus big.jsonl --vectors vectors \\
       --index.kind faiss_hnsw --index.file big.index
 
-The corpus is a JSONL file of `{"_id", "title"?, "text"}`, plain or compressed, or a folder of BEIR. `--vectors` keeps
-its vectors: an interrupted run goes on, the next one only reads them (memory-mapped), and vectors of another model or
-corpus are refused. Search is exact, or with `--index.kind` that of FAISS (`jaxlm[faiss]`), whose index `--index.file`
-keeps. About a minute for 10,000 passages with MiniLM on a laptop CPU the first time.
+The model may be a SparseEncoder (SPLADE), with `--representation late` one whose tokens are compared (MaxSim), and two
+towers as `recipes.train_retriever` exports them. The corpus is a JSONL file of `{"_id", "title"?, "text"}`, plain or
+compressed, or a folder of BEIR. `--vectors` keeps its dense vectors: an interrupted run goes on, the next one only
+reads them (memory-mapped), and vectors of another model or corpus are refused. Search is exact, or with `--index.kind`
+that of FAISS (`jaxlm[faiss]`), whose index `--index.file` keeps; sparse and late vectors are searched exactly, from
+memory. About a minute for 10,000 passages with MiniLM on a laptop CPU the first time.
 """
 
 import sys
@@ -22,9 +24,11 @@ from jaxlm.core.command import run_command
 from jaxlm.core.mesh import MeshConfig, make_mesh
 from jaxlm.data.beir import read_corpus
 from jaxlm.retrieval.embed import Pooling
-from jaxlm.retrieval.faiss_index import IndexConfig, open_index
+from jaxlm.retrieval.faiss_index import IndexConfig
 from jaxlm.retrieval.index import NO_ROW
-from jaxlm.retrieval.retriever import open_retriever, passage_blocks, query_vectors
+from jaxlm.retrieval.representations import Vectors
+from jaxlm.retrieval.searcher import open_searcher
+from jaxlm.retrieval.towers import find_towers
 
 PROG = "recipes.search"
 
@@ -35,8 +39,9 @@ class Config:
 
     model: str = ""                   # a folder of sentence-transformers or transformers
     query_model: str = ""             # another one that encodes the queries, of two towers
+    representation: Vectors | None = None  # None: as the folder says, which none says of late vectors
     corpus: Path = Path("corpus.jsonl")
-    vectors: Path | None = None       # a folder for the vectors of the corpus
+    vectors: Path | None = None       # a folder for the dense vectors of the corpus
     query: tuple[str, ...] = ()       # none: asked for on the terminal, a line each
     k: int = 5                        # passages of each query
     chars: int = 300                  # of a passage that are shown
@@ -72,12 +77,12 @@ def ask(config: Config) -> None:
     corpus = read_corpus(config.corpus)
     ids, texts = list(corpus), list(corpus.values())
     mesh = make_mesh(config.mesh)
-    retriever = open_retriever(config.model, mesh, query_folder=config.query_model, pooling=config.pooling)
+    found = find_towers(config.model, config.query_model, vectors=config.representation, pooling=config.pooling)
+    searcher = open_searcher(found, mesh, texts, ids=ids, index=config.index, folder=config.vectors,
+                             batch_tokens=config.batch_tokens)
     with jax.set_mesh(mesh):
-        blocks = passage_blocks(retriever, texts, config.vectors, batch_tokens=config.batch_tokens)
-        search = open_index(config.index, blocks, similarity=retriever.similarity, ids=ids)
         for query in questions(config):
-            hits = search(query_vectors(retriever, [query]), config.k)
+            hits = searcher.search(searcher.encode([query]), config.k)
             print(f"# {query}")
             found = hits.rows[0] != NO_ROW  # an approximate index may find fewer
             for rank, (row, score) in enumerate(zip(hits.rows[0][found], hits.scores[0][found], strict=True), 1):

@@ -152,10 +152,10 @@ def make_evaluation(towers: Towers, sets: dict[str, BeirSet], nested: NestedConf
                     ) -> Callable[[Any, int], tuple[dict, str]]:
     """`params, step -> (measures by set, a line each)`: exact search over every corpus, by prefixes too."""
     def evaluate(params: Any, step: int) -> tuple[dict[str, float], str]:
-        values, lines = {}, []
+        values, lines, work = {}, [], towers._replace(params=params)
         dims = [dim for dim in nested.dims if dim < towers.passage.width]
         for name, data in sets.items():
-            for dim, run in rank_towers(towers, params, data, dims=dims, normalize=nested.normalize).items():
+            for dim, run in rank_towers(work, data, dims=dims, normalize=nested.normalize).items():
                 part = f"{name}/first_{dim}" if dim in dims else name
                 found = means(evaluate_run(run, data.qrels, MEASURES))
                 values |= {f"eval/{part}/{measure}": value for measure, value in found.items()}

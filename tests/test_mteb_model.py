@@ -15,7 +15,7 @@ from jaxlm.eval.ranking import evaluate_run
 from jaxlm.retrieval.embed import embed_texts
 from jaxlm.retrieval.folder import save_text_encoder
 from jaxlm.retrieval.index import as_run, search
-from jaxlm.retrieval.retriever import Retriever
+from jaxlm.retrieval.towers import Towers, siamese
 from recipes import evaluate_retrieval
 from tests.test_embed import encoder_of
 
@@ -36,8 +36,12 @@ def mteb():
 
 def retriever(similarity="dot", **prompts):
     encoder, params = encoder_of(pooling="mean", normalize=False, similarity=similarity)
-    encoder = replace(encoder, **prompts)
-    return Retriever(encoder, params, encoder, params)
+    return siamese(replace(encoder, **prompts), params=params)
+
+
+def two_towers(ours, query_params):
+    return Towers(ours.query, ours.passage, shared=False, vectors="dense",
+                  params={"query": query_params, "passage": ours.params})
 
 
 def local_task(mteb):
@@ -67,7 +71,7 @@ def local_task(mteb):
 
 def measured(ours):
     """By our own evaluation."""
-    queries, passages = (embed_texts(ours.encoder, ours.params, texts, kind)
+    queries, passages = (embed_texts(ours.passage, ours.params, texts, kind)
                          for texts, kind in ((list(QUERIES.values()), "query"), (PASSAGES, "passage")))
     hits = search(queries, [passages], 40, similarity=ours.similarity, ids=list(CORPUS))
     return evaluate_run(as_run(hits, list(QUERIES), list(CORPUS)), QRELS, ("ndcg@10", "recall@5"))
@@ -102,7 +106,7 @@ def test_the_protocol_and_the_similarities(mteb):
     assert (meta.name, meta.embed_dim, meta.max_tokens, meta.use_instructions) == ("jaxlm/tiny", 16, 20, False)
     other = mteb_model(retriever("cosine", query_prompt="a "), "tiny").mteb_model_meta
     moved = jax.tree.map(lambda leaf: leaf + 1, retriever().params)
-    third = mteb_model(retriever("cosine")._replace(query_params=moved), "tiny").mteb_model_meta
+    third = mteb_model(two_towers(retriever("cosine"), moved), "tiny").mteb_model_meta
     assert len({meta.revision, other.revision, third.revision}) == 3 and third.n_parameters == 2 * meta.n_parameters
 
 
@@ -119,9 +123,9 @@ def encode(model, texts, prompt_type, **more):
 def test_each_kind_of_text_gets_its_prompt_and_tower(mteb):
     ours = retriever(query_prompt="e f ", passage_prompt="g ")
     other = jax.tree.map(lambda leaf: 0.5 * leaf, ours.params)
-    model = MtebModel(ours._replace(query_params=other), None)
+    model = MtebModel(two_towers(ours, other), None)
     kinds, texts = mteb.types.PromptType, ["a", "b c", "d"]
-    plain = replace(ours.encoder, query_prompt="", passage_prompt="")
+    plain = replace(ours.passage, query_prompt="", passage_prompt="")
     for prompt_type, params, prefix in ((kinds.query, other, "e f "), (kinds.document, ours.params, "g "),
                                         (None, ours.params, "")):
         expected = embed_texts(plain, params, [prefix + text for text in texts], "passage")

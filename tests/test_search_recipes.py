@@ -12,6 +12,7 @@ from jaxlm.retrieval.bm25 import bm25_index, bm25_search
 from jaxlm.retrieval.embed import embed_texts
 from jaxlm.retrieval.folder import load_text_encoder, save_text_encoder
 from jaxlm.retrieval.mine import interleaved
+from jaxlm.retrieval.searcher import reader
 from recipes import evaluate_retrieval, mine, search
 from tests.test_embed import encoder_of
 
@@ -112,7 +113,7 @@ def test_interleaved_by_hand():
 
 def test_vectors_are_read_from_any_block():
     vectors = np.arange(14.0).reshape(7, 2)
-    read = mine.reader(np.split(vectors, [3, 3, 4]))
+    read = reader(np.split(vectors, [3, 3, 4]))
     for rows in ([0, 2, 3, 4, 6, 3], [], [6]):
         np.testing.assert_array_equal(read(np.array(rows, int)), vectors[np.array(rows, int)])
 

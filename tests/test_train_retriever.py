@@ -11,17 +11,19 @@ import pytest
 from jaxlm.core.log import read_metrics
 from jaxlm.core.tree import named_leaves
 from jaxlm.data.beir import read_beir
+from jaxlm.eval.ranking import read_run
 from jaxlm.model import lora
 from jaxlm.model.config import ComputeConfig
 from jaxlm.model.encoder import build_encoder
 from jaxlm.retrieval.embed import embed_texts, to_batch, tokenize
 from jaxlm.retrieval.folder import load_text_encoder, save_text_encoder
 from jaxlm.retrieval.learn import GuidedConfig, open_data_sets
+from jaxlm.retrieval.rank import rank_towers
 from jaxlm.retrieval.representations import REPRESENTATIONS
 from jaxlm.retrieval.retriever_loss import NestedConfig
 from jaxlm.retrieval.towers import KINDS, TowersConfig, adapted, load_params, open_towers
 from jaxlm.train.checkpoint import saved_params
-from recipes import train_retriever
+from recipes import evaluate_retrieval, train_retriever
 from tests.test_embed import ENCODER, encoder_of, random_params
 from tests.test_retrieval_recipes import DOCUMENTS, QUERIES
 
@@ -132,6 +134,24 @@ def test_the_export_gives_the_vectors_of_the_run(name, trained):
             np.testing.assert_allclose(x, y, rtol=0, atol=2e-5 * max(1, np.abs(y).max()))
 
 
+@pytest.mark.parametrize("name", RUNS)
+def test_an_exported_folder_has_the_measures_of_the_run(name, trained, data, tmp_path):
+    folder, towers, _, params = trained(name)
+    vectors = ["--vectors", "late"] if name == "late" else []
+    evaluate_retrieval.main(["--data", f"{data}?split=dev", "--models", str(folder / "exported"), "--output",
+                             str(tmp_path), "--measures", *train_retriever.MEASURES, *vectors])
+    [measured] = [row for row in read_metrics(folder / "metrics.jsonl") if f"eval/{data.name}/ndcg@10" in row]
+    [numbers] = json.loads((tmp_path / "measures.json").read_text()).values()
+    assert numbers["mean"] == pytest.approx({name: measured[f"eval/{data.name}/{name}"]
+                                             for name in train_retriever.MEASURES}, abs=1e-9)
+    run, width = read_run(tmp_path / "0_exported.trec"), towers.passage.width
+    expected = rank_towers(towers._replace(params=params), read_beir(data, "dev"))[width]
+    assert run.keys() == expected.keys() and all(len(own) == len(DOCUMENTS) for own in run.values())
+    for query, own in expected.items():
+        np.testing.assert_allclose([run[query][one] for one in own], list(own.values()), rtol=0,
+                                   atol=2e-5 * max(map(abs, own.values())))
+
+
 def test_only_adapters_learn_and_a_resumed_run_is_bit_identical(trained, models, data, tmp_path):
     whole, _, before, after = trained("dense")
     base = {path: leaf for path, leaf in named_leaves(after).items() if path in named_leaves(before)}
@@ -148,7 +168,8 @@ def test_only_adapters_learn_and_a_resumed_run_is_bit_identical(trained, models,
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_sentence_transformers_gives_the_same_vectors(trained):
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+def test_sentence_transformers_gives_the_same_vectors_and_scores(trained, data):
     library = pytest.importorskip("sentence_transformers", reason="pip install jaxlm[parity]")
     folder, towers, _, params = trained("dense")
     for kind in KINDS:
@@ -156,8 +177,14 @@ def test_sentence_transformers_gives_the_same_vectors(trained):
         mine = embed_texts(towers.encoder(kind), towers.part(params, kind), TEXTS, kind)
         np.testing.assert_allclose(theirs, mine, rtol=0, atol=2e-5 * np.abs(mine).max())
     folder, towers, _, params = trained("sparse")
-    theirs = library.SparseEncoder(str(folder / "exported"), device="cpu").encode(TEXTS, convert_to_sparse_tensor=False)
+    model, test = library.SparseEncoder(str(folder / "exported"), device="cpu"), read_beir(data, "dev")
+    theirs = model.encode(TEXTS, convert_to_sparse_tensor=False)
     np.testing.assert_allclose(np.asarray(theirs), encoded(towers, params, "query").x, rtol=0, atol=2e-5)
+    theirs = model.similarity(model.encode_query(list(test.queries.values())),
+                              model.encode_document(list(test.corpus.values())))
+    mine = rank_towers(towers._replace(params=params), test)[towers.passage.width]
+    mine = [[mine[query][one] for one in test.corpus] for query in test.queries]
+    np.testing.assert_allclose(np.asarray(theirs), mine, rtol=0, atol=2e-5 * np.max(mine))
 
 
 def test_the_guide_of_a_run(models, data):
@@ -178,10 +205,10 @@ def test_faults_are_one_sentence_before_anything_is_written(models, data, tmp_pa
         (["--loss.kind", "kl"], "set batch.num_negatives to 1 or more"),
         (["--nested.dims", "17"], "17 is more than the 16 numbers"),
         (["--vectors", "sparse"], "missing"),
-        (["--vectors", "late", "--pooling", "mean"], "--pooling has no effect on late"),
+        (["--vectors", "late", "--pooling", "mean"], "pooling has no effect on late"),
         (["--sparse.query", "1"], "sparse vectors only"),
         (["--loss.kind", "kl", "--guide.model", "x"], "--guide.model has no effect on kl alone"),
-        (["--query-init", str(tmp_path / "narrow")], "have 8 numbers, those of"),
+        (["--query-init", str(tmp_path / "narrow")], "the width of its vectors is 8, not 16"),
         (["--lora.rank", "2", "--lora.targets", "gate"], "matches no kernel of this model"),
     ):
         with pytest.raises(SystemExit) as end:

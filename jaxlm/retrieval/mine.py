@@ -144,12 +144,14 @@ def interleaved(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return merged
 
 
-def scored(rows: np.ndarray, queries: np.ndarray, vectors: Callable[[np.ndarray], np.ndarray], *,
-           similarity: Similarity = "dot") -> Hits:
-    """A ranking [Q, k] of any origin in its order, with the scores that `score_rows` gives."""
+def scored(rows: np.ndarray, scores: Callable[[list[list[int]]], list[list[float]]]) -> Hits:
+    """A ranking [Q, k] of any origin in its order, with scores of another.
+
+    Args:
+      scores: of each query with rows of its own.
+    """
     hits = Hits(np.full(rows.shape, -np.inf, np.float32), rows)
-    found = score_rows(queries, vectors, [own[own != NO_ROW].tolist() for own in rows], similarity=similarity)
-    hits.scores[rows != NO_ROW] = np.concatenate(found)
+    hits.scores[rows != NO_ROW] = np.concatenate(scores([own[own != NO_ROW].tolist() for own in rows]))
     return hits
 
 

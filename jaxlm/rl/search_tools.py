@@ -13,7 +13,7 @@ from jaxlm.data.json_rows import field, read_rows
 from jaxlm.data.retrieval_rows import titled
 from jaxlm.retrieval.bm25 import bm25_index, bm25_scores
 from jaxlm.retrieval.embed import embed_texts, unit_length
-from jaxlm.retrieval.retriever import open_retriever
+from jaxlm.retrieval.towers import Towers, find_towers, load_towers
 from jaxlm.rl.tools import Tool, tool_of
 
 KEYWORD_SEARCH, DENSE_SEARCH = "keyword_search", "dense_search"
@@ -82,7 +82,7 @@ def keyword_search_tool(passages: Sequence[Passage], *, passage_chars: int = 600
 
 
 def search_tools(config: SearchConfig) -> tuple[Tool, ...]:
-    """The tools of a configuration; none without a corpus. ValueError: see `read_passages` and `open_retriever`."""
+    """The tools of a configuration; none without a corpus. Errors: `read_passages`, `encoder_search_tool`."""
     if not config.corpus:
         return ()
     passages = read_passages(config.corpus)
@@ -94,14 +94,20 @@ def encoder_search_tool(passages: Sequence[Passage], folder: str | Path, *, pass
     """`dense_search_tool` with the vectors of a retriever, compared as it wants: by cosine, or by inner product.
 
     The model lies on one device of this process, whatever the mesh of a run: processes search at different times.
+    ValueError for sparse vectors, and as `load_towers` has it.
     """
     mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
-    retriever = open_retriever(folder, mesh)
+
+    def check(towers: Towers) -> None:
+        if towers.vectors != "dense":
+            raise ValueError(f"{folder}: dense_search compares dense vectors, these are {towers.vectors}")
+
+    towers = load_towers(find_towers(folder), mesh, check=check)
 
     def embed(texts: Sequence[str], kind: Literal["query", "passage"]) -> np.ndarray:
         with jax.set_mesh(mesh):
-            vectors = embed_texts(retriever.encoder, retriever.params, texts, kind)
-        return np.asarray(unit_length(vectors)) if retriever.similarity == "cosine" else vectors
+            vectors = embed_texts(*towers.at_work(kind), texts, kind)
+        return np.asarray(unit_length(vectors)) if towers.similarity == "cosine" else vectors
 
     vectors = embed([titled(one.title, one.text) for one in passages], "passage")
     return dense_search_tool(passages, vectors, lambda texts: embed(texts, "query"), passage_chars=passage_chars)

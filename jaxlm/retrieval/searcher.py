@@ -29,7 +29,7 @@ from jaxlm.retrieval.rank import (
     query_vectors,
 )
 from jaxlm.retrieval.representations import Encoded
-from jaxlm.retrieval.towers import Towers, TowersConfig, find_towers, load_towers
+from jaxlm.retrieval.towers import Towers, TowersConfig, load_towers
 
 
 class Searcher(NamedTuple):
