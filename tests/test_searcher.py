@@ -10,7 +10,7 @@ import pytest
 from jaxlm.eval.mteb_model import MtebModel
 from jaxlm.eval.ranking import read_run
 from jaxlm.model.encoder import build_encoder
-from jaxlm.retrieval import rank, retriever, towers
+from jaxlm.retrieval import rank, searcher, towers
 from jaxlm.retrieval.embed import to_batch, tokenize
 from jaxlm.retrieval.folder import save_text_encoder
 from jaxlm.retrieval.representations import Encoded
@@ -156,9 +156,9 @@ def test_the_best_of_many_blocks_and_the_order_of_equals(monkeypatch):
 
 def test_kept_sparse_blocks_are_what_they_were():
     x = np.array([[0, 0.5, 0], [0, 0, 0], [1, 0, 2]], np.float32)
-    packed = retriever._packed(rank.Block(np.arange(2), Encoded(x)))
+    packed = searcher._packed(rank.Block(np.arange(2), Encoded(x)))
     assert packed.weights.tolist() == [0.5, 1, 2]
-    np.testing.assert_array_equal(retriever._unpacked(packed).texts.x, x)
+    np.testing.assert_array_equal(searcher._unpacked(packed).texts.x, x)
 
 
 def test_faults_are_one_sentence_before_any_weights_are_read(made, data, tmp_path, capsys, monkeypatch):
@@ -169,7 +169,7 @@ def test_faults_are_one_sentence_before_any_weights_are_read(made, data, tmp_pat
     (tmp_path / "other/tokenizer.json").write_text(words.replace('"g":11', '"g":12').replace('"h":12', '"h":11'))
     assert words != (tmp_path / "other/tokenizer.json").read_text()
     monkeypatch.setattr(towers, "load_params", None)
-    monkeypatch.setattr(retriever, "memory", lambda: 4000)
+    monkeypatch.setattr(searcher, "memory", lambda: 4000)
     asked = ["--corpus", str(data), "--query", "a", "--model"]
     measured = ["--data", str(data), "--models"]
     rows = ["--data", str(data), "--output", str(tmp_path / "x"), "--model"]
