@@ -1,4 +1,4 @@
-# Two commands on a fresh machine: `make demo` and `make test`. All create .venv when it is missing or out of date.
+# Two commands on a fresh machine: `make demo` and `make test`; each target creates .venv when it is missing or out of date.
 PYTHON ?= python3
 BIN := .venv/bin
 

@@ -101,6 +101,8 @@ def summarise(config: Config, scores: Scores) -> None:
     for key in sorted({key for run in runs.values() for key in run} - set(shared)):
         log.warning("%s is left out: not every run has it", key)
     measures = config.measures or shared
+    if not measures:
+        raise ValueError("no measure is in every run: evaluate them (held-out data) or name --tasks")
     if missing := [key for key in measures if key not in shared]:
         raise ValueError(f"--measures: no {missing[0]!r} in every run; there are {', '.join(shared)}")
     lines = [f"# {config.recipe} {config.arguments}", "", *(f"- {name}: `{shlex.join(flags)}`"

@@ -163,6 +163,8 @@ class Corpus(NamedTuple):
 
 def check(config: Config, mesh: Mesh) -> None:
     """ValueError for settings that do not fit together."""
+    if config.model.mtp_depth:
+        raise ValueError("no loss of distillation trains multi-token prediction; leave out model.mtp_depth")
     check_shapes(config.model, config.compute, config.pipeline, mesh, accumulate=config.accumulate,
                  loss_chunks=config.loss_chunks)
 
@@ -283,7 +285,7 @@ def open_documents(config: Config, models: Models, pair: Pair, mesh: Mesh) -> Co
         path=data.path, held_out=data.held_out, max_bad_rows=data.max_bad_rows))
     shard = data_shard(mesh)
     batches = make_pipeline(sources, tokenizer, config.pipeline, excluded=excluded_ids(tokenizer, data.never_predict),
-                            seed=config.seed, loader=shard.index, loaders=shard.count)
+                            seed=config.seed, loader=shard.index, loaders=shard.count, steps=config.loop.steps)
     evaluation = make_evaluation(student_nll(pair), pair.student, tokenizer, held_out, samples=config.samples,
                                  seq_len=config.pipeline.seq_len, batch_size=rows, mesh=mesh)
     measured = {source.name: eval_batches((source[i] for i in range(len(source))), tokenizer, batch_size=rows,
@@ -301,7 +303,8 @@ def open_chats(config: Config, models: Models, pair: Pair, mesh: Mesh) -> Corpus
                                         max_bad_rows=data.max_bad_rows) for source in part]
                          for part in (sources, held_out))
     shard = data_shard(mesh)
-    batches = chat_batches(encoded, config.pipeline, seed=config.seed, loader=shard.index, loaders=shard.count)
+    batches = chat_batches(encoded, config.pipeline, seed=config.seed, loader=shard.index, loaders=shard.count,
+                           steps=config.loop.steps)
     evaluation = make_chat_evaluation(
         student_nll(pair), pair.student, form, held_out, answers=config.answers, seq_len=seq_len,
         max_bad_rows=data.max_bad_rows, batch_size=rows, mesh=mesh)

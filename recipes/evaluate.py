@@ -19,6 +19,7 @@ import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,6 +67,8 @@ class Config:
     def __post_init__(self) -> None:
         for wrong, message in (
             (not self.tasks, "name tasks; lm-eval ls tasks lists them"),
+            (self.tasks_path and self.tasks == tuple(TASKS), "tasks_path has no effect on the embedded tasks; name "
+             "--tasks"),
             (len(set(self.tasks)) < len(self.tasks), "tasks names one twice"),
             (self.limit is not None and self.limit < 1, f"limit must be at least 1, got {self.limit}"),
             ((self.num_fewshot or 0) < 0, f"num_fewshot must not be negative, got {self.num_fewshot}"),
@@ -106,7 +109,8 @@ def make_harness_model(config: Config, opened: Pretrained) -> HarnessModel:
 def measure(config: Config, opened: Pretrained) -> tuple[dict[str, Any], str]:
     """The scores and a table of them; weights are loaded when everything else is checked."""
     with tempfile.TemporaryDirectory() as embedded:
-        write_fact_tasks(Path(embedded), [name for name in config.tasks if name in TASKS])
+        write_fact_tasks(Path(embedded), [name for name in TASKS if any(
+            fnmatchcase(name, one) for one in config.tasks)])
         folders = [Path(embedded), *([config.tasks_path] if config.tasks_path else [])]
         model, manager = make_harness_model(config, opened), open_tasks(config.tasks, *folders)
         loaded = load_weights(config.model, opened, dtype=config.dtype)

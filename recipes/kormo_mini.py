@@ -19,10 +19,11 @@ import json
 import logging
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from jaxlm.core.command import run_command, run_recipe, run_training_recipe
+from jaxlm.core.config import to_json
 from jaxlm.core.files import replacing
 from jaxlm.core.log import read_metrics
 from jaxlm.curate.sample import write_sample, write_web
@@ -115,7 +116,8 @@ def talk(config: Config, model: Path) -> dict[str, list[str]]:
     said = {}
     for thinking in ("on", "off"):
         output = config.folder / f"answers_thinking_{thinking}.jsonl"
-        run_recipe("generate", output, "--source", model, "--file", asked, "--chat", "--thinking", thinking,
+        # The recipe goes on by itself: its output is there from the first text on, and must be of these questions.
+        run_recipe("generate", None, "--source", model, "--file", asked, "--chat", "--thinking", thinking,
                    "--sampling.max-new-tokens", 96, "--output", output)
         rows = sorted(map(json.loads, output.read_text(encoding="utf-8").splitlines()), key=lambda row: row["prompt"])
         said[thinking] = [" → ".join(filter(None, (row.get("reasoning"), row["text"]))) for row in rows]
@@ -155,6 +157,14 @@ def summary(config: Config, models: dict[str, Path]) -> str:
 def chain(config: Config) -> None:
     """All stages, then the summary."""
     config.folder.mkdir(parents=True, exist_ok=True)
+    # Every stage is made of the ones before it: what is there must be of the same settings as what is not.
+    kept, made = config.folder / "config.json", to_json(replace(config, folder=Config().folder))
+    then = json.loads(kept.read_bytes()) if kept.exists() else made
+    if other := [name for name in made if then.get(name) != made[name]]:
+        raise ValueError(f"{config.folder} was made with another --{other[0].replace('_', '-')}; delete it or name "
+                         "another --folder")
+    with replacing(kept) as scratch:
+        scratch.write_text(json.dumps(made), encoding="utf-8")
     curate(config)
     models = learn(config)
     run_recipe("convert", config.folder / "exported", "--source", models["preference"], "--target",

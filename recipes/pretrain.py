@@ -176,7 +176,8 @@ def open_model(config: Config) -> tuple[Config, Pretrained | None]:
     """What `init` names, without its weights, and the configuration with its model."""
     if not config.init or config.resume:
         return config, None
-    opened = open_init(config.init, config.model, config.tokenizer, [preset.model for preset in PRESETS.values()])
+    opened = open_init(config.init, config.model, config.tokenizer, [preset.model for preset in PRESETS.values()],
+                       config.stage)
     return replace(config, model=config.stage.model(opened.config)), opened
 
 
@@ -276,8 +277,11 @@ def work(config: Config, ledger: Ledger) -> None:
         return
     if config.resume or config.overwrite:
         raise ValueError("--plan writes nothing: leave out --resume and --overwrite")
-    if config.init and Path(config.init).exists():  # else of the model that the preset names
+    if config.init and Path(config.init).exists():
         config, _ = open_model(config)
+    elif config.init:
+        log.warning("--init %s is not there: the plan is of the model that the configuration names", config.init)
+        config = replace(config, model=config.stage.model(config.model))
     plan_report(partial(step_program, config), parse_topology(config.plan), config.mesh, config.accumulate,
                 step_work(config), print)
 

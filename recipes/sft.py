@@ -234,7 +234,8 @@ def prepare(config: Config) -> Run:
     if data.balance:
         chats = balance_chats(sources, chats, data.balance)
         log.info("%s", report_buckets(chats, config.loop.steps * config.pipeline.batch_size * seq_len))
-    batches = chat_batches(chats, config.pipeline, seed=config.seed, loader=loader, loaders=loaders)
+    batches = chat_batches(chats, config.pipeline, seed=config.seed, loader=loader, loaders=loaders,
+                           steps=config.loop.steps)
     model = build(config.model, config.compute)
     loss = make_loss(model, chunks=config.loss_chunks)
     evaluate = make_chat_evaluation(

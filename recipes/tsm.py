@@ -120,7 +120,7 @@ def prepare(config: Config) -> dict[str, Path]:
     write_beir(folder / "data/train", as_set(corpus, everything["train"]), "train")
     mined = folder / "data/mined.jsonl"
     run_recipe("mine", mined, "--model", base, "--data", folder / "data/train", "--output", mined,
-            "--mine.num-negatives", config.negatives)
+               "--mine.num-negatives", config.negatives)
     write_rows(config, mined, everything["train"])
     return {name: folder / "data" / name for name in sets}
 
@@ -179,7 +179,7 @@ def measure(config: Config, models: Mapping[str, Path], sets: Mapping[str, Path]
         output = config.own() / "results" / name
         grouped = ("--group", "specifier") if name in ("temporal", "plain") else ()
         run_recipe("evaluate_retrieval", output / "measures.json", "--data", folder, "--models", *models.values(),
-                "--measures", *MEASURES, *grouped, "--output", output)
+                   "--measures", *MEASURES, *grouped, "--output", output)
         qrels = read_beir(folder, "test").qrels
         found[name] = {model: evaluate_run(read_run(output / f"{number}_{path.name}.trec"), qrels, MEASURES)
                        for number, (model, path) in enumerate(models.items())}

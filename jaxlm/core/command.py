@@ -36,12 +36,15 @@ def run_command(
         raise SystemExit(130) from None
 
 
-def run_recipe(recipe: str, result: Path, *arguments: object) -> None:
+def run_recipe(recipe: str, result: Path | None, *arguments: object) -> None:
     """Runs `python -m recipes.RECIPE ARGUMENTS` in a process of its own, unless its result is there.
+
+    Args:
+      result: appears whole, at the end; None for a recipe that itself finds what is there and goes on.
 
     ValueError if it fails; what it says itself has been printed.
     """
-    if result.exists():
+    if result is not None and result.exists():
         log.info("%s is there", result)
         return
     line = [sys.executable, "-m", f"recipes.{recipe}", *map(str, arguments)]
@@ -53,13 +56,25 @@ def run_recipe(recipe: str, result: Path, *arguments: object) -> None:
 def run_training_recipe(recipe: str, folder: Path, *arguments: object) -> None:
     """`run_recipe` of a training run in `folder`: one that was interrupted goes on from its last checkpoint.
 
-    The command of a run that ended is kept in `folder`; ValueError if the run that is there was made with another.
+    The command is kept in `folder` from the start, and again when the run has ended; ValueError if the run that is
+    there was made with another.
     """
-    kept, made = folder / "command.json", {"recipe": recipe, "flags": [str(one) for one in arguments]}
-    if kept.exists() and (then := json.loads(kept.read_bytes())) != made:
+    done, kept = folder / "command.json", folder / "command_begun.json"
+    made = {"recipe": recipe, "flags": [str(one) for one in arguments]}
+    # Only whole checkpoints have a number alone for a name; of others no run can go on.
+    started = (folder / "checkpoints").is_dir() and any(
+        one.name.isdigit() for one in (folder / "checkpoints").iterdir())
+    kept = done if done.exists() else kept
+    if (started or done.exists()) and kept.exists() and (then := json.loads(kept.read_bytes())) != made:
         raise ValueError(f"{folder} was made by recipes.{then['recipe']} {shlex.join(then['flags'])}, not by "
                          f"recipes.{recipe} {shlex.join(made['flags'])}; delete it or name another --folder")
-    started = (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir())
-    run_recipe(recipe, kept, *arguments, "--folder", folder, "--resume" if started else "--overwrite")
-    with replacing(kept) as scratch:
+    if not done.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        _keep(folder / "command_begun.json", made)
+    run_recipe(recipe, done, *arguments, "--folder", folder, "--resume" if started else "--overwrite")
+    _keep(done, made)
+
+
+def _keep(path: Path, made: Mapping[str, object]) -> None:
+    with replacing(path) as scratch:
         scratch.write_text(json.dumps(made), encoding="utf-8")

@@ -22,6 +22,8 @@ def balance_chats(sources: Sequence[Source], encoded: Sequence[Chats], balance: 
     A bucket b has the share W_b / sum W of all rows. The sources that have rows of it share it by their own weights,
     and quantiles are those of all sources together.
     """
+    if capped := [source.config.path for source in sources if source.config.cap is not None]:
+        raise ValueError(f"source {capped[0]!r}: cap= would hold for each bucket of data.balance; leave it out")
     weights = parse_balance(balance)
     values = [json.loads(source[int(row)].text)["difficulty"] for source, chats in zip(sources, encoded, strict=True)
               for row in chats.rows]

@@ -72,6 +72,8 @@ class ChatFormat:
 
     def prompt(self, conversation: Mapping[str, Any]) -> list[int] | None:
         """What a model reads before the last turn of the assistant; None if there is none, or it is the first one."""
+        if not self.reasoning:
+            conversation = without_reasoning(conversation)
         messages = conversation["messages"]
         last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
         if not last:
@@ -216,6 +218,7 @@ def chat_example(index: int, chat: Chat) -> Example:
 
 def chat_batches(
     sources: Sequence[Chats], config: PipelineConfig, *, seed: int = 0, loader: int = 0, loaders: int = 1,
+    steps: int | None = None,
 ) -> Batches:
     """The training stream of encoded conversations, whole in packed rows; see `pipeline.stream_batches`.
 
@@ -223,7 +226,7 @@ def chat_batches(
     """
     if config.packing == "concat":
         raise ValueError("pipeline.packing concat would cut conversations; use first_fit")
-    return stream_batches(sources, chat_example, config, seed=seed, loader=loader, loaders=loaders)
+    return stream_batches(sources, chat_example, config, seed=seed, loader=loader, loaders=loaders, steps=steps)
 
 
 def train_chat_tokenizer(

@@ -57,7 +57,7 @@ def bucket_rows(values: Sequence[str | float], weights: Mapping[str, float]) -> 
     """
     numbers = [_number(value) for value in values]
     labels = Counter(str(value) for value in values)
-    if None not in numbers and not (weights and labels.keys() <= weights.keys()):
+    if None not in numbers and not (weights and labels.keys() & weights.keys()):
         names = tuple(weights) or QUANTILES
         cuts = np.quantile(numbers, [i / len(names) for i in range(1, len(names))])
         buckets = [names[i] for i in np.searchsorted(cuts, numbers)]

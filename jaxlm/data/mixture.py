@@ -31,6 +31,11 @@ def limited(sources: Sequence[Source]) -> bool:
     return any(source.config.epochs or source.config.cap for source in sources)
 
 
+def finite(sources: Sequence[Source]) -> bool:
+    """Whether all sources can be used up, so that the data can end."""
+    return all(source.config.epochs or source.config.cap for source in sources)
+
+
 def row_cap(source: Source, seq_len: int, parts: int) -> int | None:
     """Rows of T tokens that each part of the data may take; None without `cap`, ValueError for one below a row each."""
     if source.config.cap is None:

@@ -17,7 +17,7 @@ from absl import flags
 
 from jaxlm.core.batch import LMBatch
 from jaxlm.data.examples import Example, ToExample
-from jaxlm.data.mixture import check_length, limited, stream_rows
+from jaxlm.data.mixture import check_length, finite, limited, stream_rows
 from jaxlm.data.packing import Packing, pack, to_inputs
 from jaxlm.data.sources import Document, Source
 from jaxlm.data.tokenizer import Tokenizer
@@ -60,7 +60,7 @@ class EndOfData(ValueError):
 class Batches:
     """An iterator of `LMBatch`: the rows of this process's data shards, one shard after the other.
 
-    `EndOfData` where one of the shards has no whole batch left; `limited` says whether that can be.
+    `EndOfData` where one of the shards has no whole batch left; `finite` says whether that can be.
 
     The state has one JSON value per shard. A shard goes on bit-identically whichever process continues it, so a run
     may be resumed on any number of processes that divides the number of shards: its batches stay the same.
@@ -70,7 +70,7 @@ class Batches:
                  config: PipelineConfig):
         self.sources, self._shards, self._config = sources, shards, config
         self._fingerprints = [source.fingerprint() for source in sources]
-        self.limited = limited(sources)
+        self.limited, self.finite = limited(sources), finite(sources)
         self._draws, self._rows = ({name: np.zeros(len(sources), np.int64) for name in shards} for _ in range(2))
         # Batches in a row, of a shard, whose loader has found a source at its end; several loaders take turns.
         self._ends = {name: np.zeros(len(sources), np.int64) for name in shards}
@@ -117,12 +117,14 @@ class Batches:
 
     def stats(self) -> dict[str, float]:
         """Of this process: shares of padding and of positions without a target since its start; by source the epochs
-        and tokens (places in rows) of the whole run and, if they are limited, the share of its shards that used it up.
+        and tokens (places in rows, of all processes) of the whole run and, if they are limited, the share of its shards
+        that used it up.
         """
         places = max(1, self._places)
         stats = {"padding": self._padding / places, "no_target": 1 - self._targets / places}
         draws = np.max(list(self._draws.values()), axis=0)
-        tokens = sum(self._rows.values()) * self._config.seq_len
+        # Every shard gives as many rows a batch, so those of this process stand for all.
+        tokens = sum(self._rows.values()) * self._config.seq_len * self._config.shards / len(self._shards)
         for number, source in enumerate(self.sources):
             stats |= {f"epoch/{source.name}": float(draws[number] / len(source)),
                       f"tokens/{source.name}": float(tokens[number])}

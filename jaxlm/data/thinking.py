@@ -2,8 +2,8 @@
 show it in hybrid data, and what of a written text it is.
 """
 
+import hashlib
 import re
-import zlib
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -66,7 +66,9 @@ def shows_reasoning(template: ChatTemplate, conversation: Conversation) -> bool:
 
 def is_shown(share: float, *, seed: int, name: str, row: int) -> bool:
     """Whether a row of hybrid data shows its reasoning: true for a `share` of rows, by seed, source and row alone."""
-    return zlib.crc32(f"thinking {seed} {name} {row}".encode()) < share * 2**32
+    # No CRC: it is linear, so two seeds would draw the same rows or, at a share of one half, the complement.
+    drawn = hashlib.sha256(f"thinking {seed} {name} {row}".encode("utf-8", "surrogatepass")).digest()[:8]
+    return int.from_bytes(drawn, "little") < share * 2**64
 
 
 def thinking_prompts(template: ChatTemplate, on: bool) -> ChatTemplate:

@@ -1,8 +1,9 @@
 """What a model knows of the embedded facts, as tasks of lm-evaluation-harness: facts_ko, facts_en and their controls.
 
-A document is a statement up to its value and four ways to go on: the true value and three others of its kind, none of
-them true of the same thing. Chance is a quarter. `facts_ko_unseen` asks for facts that no training document of the
-sample states (`Fact.held_out`), so what it has above chance is no knowledge but the look of names.
+A document is a statement up to its value and four ways to go on: the true value and three others of its kind and of
+things of the same sort, none of them true of the same thing. Chance is a quarter. `facts_ko_unseen` asks for facts that
+no training document of the sample states (`Fact.held_out`), so what it has above chance is no knowledge but the look of
+names.
 """
 
 import json
@@ -23,7 +24,7 @@ MAX_ITEMS = 500
 _YAML = """\
 task: {name}
 dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
+dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {cache}}}
 test_split: test
 output_type: multiple_choice
 doc_to_text: "{{{{text}}}}"
@@ -53,7 +54,7 @@ def fact_items(language: str, *, held_out: bool = False, count: int = MAX_ITEMS,
     true, values = defaultdict(set), defaultdict(set)
     for fact in everything:
         true[fact.kind, fact.entity].add(fact.value)
-        values[fact.kind].add(fact.value)
+        values[fact.kind, fact.entity[0]].add(fact.value)  # a city's name is no guess for a language's
     rng = random.Random(f"{seed} {language} {held_out}")
     asked = list(facts(held_out))
     rng.shuffle(asked)
@@ -62,7 +63,8 @@ def fact_items(language: str, *, held_out: bool = False, count: int = MAX_ITEMS,
         begun, rest = cloze(fact, language)
         # By what is said: two currencies of one name are one answer.
         said = {cloze(fact._replace(value=value), language) for value in true[fact.kind, fact.entity]}
-        others = sorted({cloze(fact._replace(value=value), language) for value in values[fact.kind]} - said)
+        same_sort = values[fact.kind, fact.entity[0]]
+        others = sorted({cloze(fact._replace(value=value), language) for value in same_sort} - said)
         if len(others) >= NUM_CHOICES - 1:
             choices = [rest, *(wrong for _, wrong in rng.sample(others, NUM_CHOICES - 1))]
             rng.shuffle(choices)
@@ -79,4 +81,5 @@ def write_fact_tasks(folder: Path, names: Sequence[str]) -> None:
         data = folder.resolve() / f"{name}.jsonl"
         data.write_text("".join(json.dumps(item._asdict(), ensure_ascii=False) + "\n"
                                 for item in fact_items(language, held_out=held_out)), encoding="utf-8")
-        (folder / f"{name}.yaml").write_text(_YAML.format(name=name, data=json.dumps(str(data))), encoding="utf-8")
+        (folder / f"{name}.yaml").write_text(_YAML.format(
+            name=name, data=json.dumps(str(data)), cache=json.dumps(str(folder.resolve() / "cache"))), encoding="utf-8")

@@ -82,6 +82,8 @@ def look_ahead(batch: LMBatch, depth: int) -> Ahead:
 
     With `boundary_targets` (`data.packing.to_inputs`) the next token may be of the next document, which no depth
     predicts; only of the token after the row the batch does not say it, so that this one counts as it does there.
+    Where documents of a row see each other (`pipeline.mask_documents` off) their segments are one, and the end of a
+    document predicts into the next.
     """
     chex.assert_equal_shape(list(batch))
     segments, time = batch.segments, batch.segments.shape[1]

@@ -97,7 +97,7 @@ def fit(
             evaluating = evaluate and (last or (number % config.eval_every == 0 and number > start))
             saving = last or stop or (number % checkpointer.every == 0 and number > start)
             if pending and (evaluating or saving):  # both wait for the step; its time must not count as theirs
-                reporter.step(*pending)
+                reporter.step(*pending, last=ended)
                 pending = None
             if saving and saved != number:  # first: who sent a signal may not wait for an evaluation
                 with ledger.spend("checkpoint"):
@@ -125,9 +125,9 @@ def fit(
         with ledger.spend("checkpoint"):
             checkpointer.wait()
     if ended:
+        ending = f", or end this one with --resume --loop.steps {number}" if number else ""
         raise EndOfData(f"every source is used up after {number} of {config.steps} steps, and the checkpoint of that "
-                        "step is saved; raise epochs= or cap= of a source in a new run, or end this one with --resume "
-                        f"--loop.steps {number}")
+                        f"step is saved; raise epochs= or cap= of a source in a new run{ending}")
     if not last:
         log.warning("stopped by a signal at step %d; continue with --resume", number)
     return state, last
@@ -145,13 +145,13 @@ class _Reporter:
         self.tokens = self.steps = self.skipped = self.skipped_in_row = 0
         self.first = True  # the first step is reported at once: it holds the compilation, which later rates leave out
 
-    def step(self, number: int, metrics: Metrics) -> None:
+    def step(self, number: int, metrics: Metrics, last: bool = False) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.tokens += values.pop("tokens")
         self.steps += 1
         self.last = number
         self._count_skipped(number, values)
-        if number % self.config.log_every and number != self.config.steps and not self.first:
+        if number % self.config.log_every and not (last or number == self.config.steps or self.first):
             return
         self.ledger.book()
         now = self.ledger.training, self.ledger.seconds["data"]

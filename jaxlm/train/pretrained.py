@@ -26,7 +26,7 @@ from jaxlm.data.tokenizer import (
     save_tokenizer,
     tokenizer_from_files,
 )
-from jaxlm.model import lora, mtp
+from jaxlm.model import lora
 from jaxlm.model.config import ModelConfig
 from jaxlm.model.decoder import build
 from jaxlm.model.gguf import gguf_chat_template, gguf_special_tokens, gguf_tokenizer_json, load_gguf
@@ -106,10 +106,9 @@ def load_weights(
         return opened._replace(params=load_hf(source, dtype=dtype, put=put)[1])
     params = opened.params
     if params is None:
-        stored = replace(opened.config, mtp_depth=opened.mtp_depth)
-        adapted = lambda key: lora.init(key, build(stored).init(key), opened.lora)
+        adapted = lambda key: lora.init(key, build(opened.config).init(key), opened.lora)
         params = lora.merge(saved_params(source, jax.eval_shape(adapted, jax.random.key(0))))
-        if params.pop(mtp.NAME, None) is not None:
+        if opened.mtp_depth:
             log.info("%s: multi-token prediction of depth %d is left out", source, opened.mtp_depth)
     params = jax.tree.map(lambda leaf: leaf.astype(dtype, copy=False), params)
     if put is not None:

@@ -135,7 +135,7 @@ class Learning:
     rules: Rules
     params: Any = None                   # to start from instead of `init`
     opt_state: Any = None                # of the run that `params` come from, to go on with
-    digest: Mapping[str, int] | None = None  # of both as they were saved: `start` checks them, with all processes
+    digest: Mapping[str, int] | None = None  # of both as they were saved: `claim` checks them, with all processes
     trainable: Trainable | None = None   # see `step.make_step`
 
 
@@ -172,7 +172,14 @@ def facts(run: Run) -> dict[str, str]:
 
 
 def claim(run: Run) -> None:
-    """Makes the folder of a new run: from here on an old one is gone. A resumed run writes its changed settings."""
+    """Makes the folder of a new run: from here on an old one is gone. A resumed run writes its changed settings.
+
+    First all processes check what the run starts from: damaged weights must not cost the folder that was there.
+    """
+    part = run.learning
+    if part.digest:
+        check_digest(part.digest, {"params": part.params} | (
+            {} if part.opt_state is None else {"opt_state": part.opt_state}))
     if not is_primary():
         return
     if run.mode != "resume":
@@ -190,9 +197,6 @@ def start(run: Run, checkpointer: Checkpointer) -> TrainState:
         state = checkpointer.restore(abstract_state(part.init, part.tx, run.mesh, part.rules), run.batches)
         log.info("resumed at step %d", int(state.step))
         return state
-    if part.digest:
-        given = {"params": part.params} | ({} if part.opt_state is None else {"opt_state": part.opt_state})
-        check_digest(part.digest, given)
     if part.opt_state is not None:
         return next_stage(part.params, part.opt_state, run.mesh, part.rules)
     if part.params is not None:
@@ -240,7 +244,7 @@ def train(run: Run, ledger: Ledger) -> bool:
         for part in (run.batches, metric_log, checkpointer):
             stack.callback(part.close)
         batches, ended = run.batches, None
-        if getattr(batches, "limited", False) and jax.process_count() > 1:  # others have other streams: endless ones
+        if getattr(batches, "finite", False) and jax.process_count() > 1:  # others have other streams: endless ones
             batches = _AgreedBatches(batches)
         try:
             _, finished = fit(

@@ -1,6 +1,7 @@
 """What recipes share that go on from a model: the model itself, its language, its weights with adapters or moments."""
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,8 @@ from jaxlm.model.partition import LORA_RULES, PARAM_RULES
 from jaxlm.train.checkpoint import Saved, saved_arrays
 from jaxlm.train.pretrained import Pretrained, load_weights, open_pretrained
 from jaxlm.train.state import TrainState
+
+log = logging.getLogger(__name__)
 
 RULES = (*PARAM_RULES, *LORA_RULES)
 TOKENIZER_DOCUMENTS = 50_000  # that a tokenizer is trained on, unless its configuration says how many
@@ -60,14 +63,16 @@ class Language(NamedTuple):
         return self.tokenizer.files() | self.template.files()
 
 
-def open_init(init: str, model: ModelConfig, tokenizer: TokenizerConfig, presets: Iterable[ModelConfig]) -> Pretrained:
+def open_init(init: str, model: ModelConfig, tokenizer: TokenizerConfig, presets: Iterable[ModelConfig],
+              stage: StageConfig = StageConfig()) -> Pretrained:
     """What `init` names, without its weights; ValueError for flags that say otherwise.
 
     Args:
       model, tokenizer: of the configuration. presets: models that a configuration has without being asked for.
+      stage: what changes; the changed model is that of a saved configuration.
     """
     opened = open_pretrained(Path(init))
-    if model not in (opened.config, *presets):
+    if model not in (opened.config, stage.model(opened.config), *presets):
         raise ValueError("--init brings its own model configuration; leave out the --model flags")
     if opened.tokenizer is None and tokenizer.path == "train":
         raise ValueError(f"--init {init} has no tokenizer: name that of its weights with --tokenizer.path")
@@ -111,8 +116,10 @@ def starting_state(init: str, opened: Pretrained, abstract: TrainState, *, keep_
     if keep_optimizer and not is_run:
         raise ValueError(f"stage.keep_optimizer goes on with the optimizer of a run folder, and --init {init} has "
                          "weights only")
-    if not is_run or ((opened.lora.rank or opened.mtp_depth) and not keep_optimizer):  # not stored as they are used
+    if not is_run or (opened.lora.rank and not keep_optimizer):  # not stored as they are used
         return Saved({"params": starting_params(init, opened, LoraConfig(), 0, mesh)}, {})
+    if opened.mtp_depth and not keep_optimizer:
+        log.info("%s: multi-token prediction of depth %d is left out", init, opened.mtp_depth)
     fields = ("params", "opt_state") if keep_optimizer else ("params",)
     return saved_arrays(Path(init), {name: getattr(abstract, name) for name in fields})
 
