@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,19 +95,19 @@ def padded(chats: Sequence[Chat], config: Config) -> Iterator[tuple[list[int], L
         yield numbers, to_inputs(rows)
 
 
+@partial(jax.jit, static_argnums=(0, 3))
+def mean_nll(model: Model, params: Any, batch: LMBatch, loss_chunks: int) -> jax.Array:
+    """sum_t m_t nll_t / sum_t m_t of each row, [B] float32 in nats, m the mask of its targets."""
+    hidden = model.apply(params, batch.tokens, positions=batch.positions, segments=batch.segments, logits=False).hidden
+    nll = chunked_cross_entropy(hidden, model.head(params), batch.targets, loss_chunks).nll
+    return jnp.sum(nll * batch.loss_mask, axis=1) / jnp.maximum(jnp.sum(batch.loss_mask, axis=1), 1)
+
+
 def score(model: Model, params: Any, chats: Sequence[Chat], config: Config) -> np.ndarray:
-    """sum_t m_t nll_t / sum_t m_t of each conversation, [len(chats)] float32 in nats, m the mask of its targets."""
-
-    @jax.jit
-    def mean(params: Any, batch: LMBatch) -> jax.Array:
-        hidden = model.apply(params, batch.tokens, positions=batch.positions, segments=batch.segments,
-                             logits=False).hidden
-        nll = chunked_cross_entropy(hidden, model.head(params), batch.targets, config.loss_chunks).nll
-        return jnp.sum(nll * batch.loss_mask, axis=1) / jnp.maximum(jnp.sum(batch.loss_mask, axis=1), 1)
-
+    """`mean_nll` of each conversation, [len(chats)] float32 in nats."""
     values = np.zeros(len(chats), np.float32)
     for numbers, batch in padded(chats, config):
-        values[numbers] = jax.device_get(mean(params, batch))[:len(numbers)]
+        values[numbers] = jax.device_get(mean_nll(model, params, batch, config.loss_chunks))[:len(numbers)]
     return values
 
 

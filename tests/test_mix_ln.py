@@ -11,13 +11,13 @@ import pytest
 
 from jaxlm.core import config as flags
 from jaxlm.core.mesh import MeshConfig, make_mesh, put_batch, tree_shardings
-from jaxlm.core.tree import named_leaves
 from jaxlm.model.cache import init_cache
 from jaxlm.model.config import ComputeConfig, ModelConfig, flops_per_token, num_parameters
 from jaxlm.model.decoder import build, unstack
 from jaxlm.model.hf import save_hf
 from jaxlm.model.hf_config import ARCHITECTURES
 from jaxlm.model.partition import PARAM_RULES
+from tests.test_model import close
 
 PRE = ModelConfig(vocab_size=64, d_model=16, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=6, d_ff=24,
                   max_positions=64)
@@ -41,15 +41,6 @@ def params_of(config):
 
 def tokens_of(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).integers(0, PRE.vocab_size, shape), jnp.int32)
-
-
-def close(actual, expected, tolerance=5e-6):
-    """Every leaf within `tolerance` of its largest entry, or of 1."""
-    actual, expected = named_leaves(actual), named_leaves(expected)
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        size = max(1.0, float(np.max(np.abs(expected[name]))))
-        np.testing.assert_allclose(actual[name], expected[name], atol=tolerance * size, rtol=0, err_msg=name)
 
 
 # An independent decoder of one document without a batch axis; `xp` is numpy, or jax.numpy where gradients are wanted.

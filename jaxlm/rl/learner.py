@@ -170,7 +170,7 @@ class PolicyLearner:
 
     def _equal(self, group: Sequence[Episode]) -> bool:
         rewards = self._scored(group).reward.reward
-        return bool(group_stats(jnp.asarray(rewards), jnp.zeros(len(rewards), jnp.int32), 1).equal[0])
+        return bool(_GROUP_STATS(jnp.asarray(rewards), jnp.zeros(len(rewards), jnp.int32), 1).equal[0])
 
     # --- score
 
