@@ -7,7 +7,8 @@
 
 MODEL is a folder of sentence-transformers, or with `--pooling` one of transformers (BERT, MiniLM, Contriever, E5, BGE,
 XLM-R, a decoder). Every query of a batch is compared with the passages of all of them, over all devices, but not with
-passages that answer it too; `--chunks 8` encodes the batch in 8 parts (GradCache), with the same gradients.
+passages that answer it too; `--chunks 8` encodes the batch in 8 parts (GradCache), with the same gradients. Texts share
+rows, so that a batch of mixed lengths is little padding (`data/padding` in the log).
 
 - `--query-init MODEL`: a second tower for queries, with weights of its own.
 - `--vectors sparse | late`: SPLADE with its FLOPS regulariser (`--sparse`), or a vector for each token and MaxSim.
@@ -165,14 +166,22 @@ def make_evaluation(towers: Towers, sets: dict[str, BeirSet], nested: NestedConf
     return evaluate
 
 
+def num_groups(config: Config, mesh: Mesh) -> int:
+    """In how many parts a batch is encoded, over all devices and one after the other."""
+    return mesh.shape["data"] * mesh.shape["fsdp"] * config.chunks
+
+
 def check(config: Config, towers: Towers, mesh: Mesh) -> None:
     """ValueError for settings that do not fit together."""
     if mesh.shape["context"] > 1:
         raise ValueError("mesh.context splits texts over time, which training a retriever does not; use data or fsdp")
-    rows = mesh.shape["data"] * mesh.shape["fsdp"] * config.chunks
-    if config.chunks < 1 or config.batch.batch_size % rows:
+    groups = num_groups(config, mesh)
+    if config.chunks < 1 or config.batch.batch_size % groups:
         raise ValueError(f"batch.batch_size {config.batch.batch_size} does not divide into {config.chunks} chunks on "
-                         f"the devices of the mesh; use a multiple of {max(rows, 1)}")
+                         f"the devices of the mesh; use a multiple of {max(groups, 1)}")
+    if groups > 1 and not config.batch.drop_last:
+        raise ValueError(f"--batch.no-drop-last keeps the smaller batch that ends a data set, which need not divide "
+                         f"into {groups} parts (devices and chunks); leave it out")
     check_nested(config.nested, towers)
 
 
@@ -220,8 +229,8 @@ def prepare(config: Config) -> Run:
     towers = open_towers(config.towers, config.compute, config.loss.similarity)
     check(config, towers, mesh)
     sources = open_data_sets(config.data.train)
-    batches = EncodedBatches(towers, sources, config.batch, teacher=config.loss.teacher, loader=shard.index,
-                             loaders=shard.count)
+    batches = EncodedBatches(towers, sources, config.batch, teacher=config.loss.teacher,
+                             groups=num_groups(config, mesh), loader=shard.index, loaders=shard.count)
     dev = {Path(folder).name: read_beir(folder, split) for folder, split in (split_of(one, "dev")
                                                                              for one in config.data.dev)}
     learning = learning_of(config, towers, mesh)

@@ -11,7 +11,7 @@ from jaxlm.core.masked import aggregate
 from jaxlm.core.mesh import MeshConfig, make_mesh, put_batch
 from jaxlm.objective.contrastive import ContrastiveConfig, MatryoshkaConfig, contrastive, matryoshka
 from jaxlm.objective.contrastive_masks import duplicates, in_batch
-from jaxlm.retrieval.gradcache import cached_loss, encode_chunks, per_passage
+from jaxlm.retrieval.gradcache import cached_loss, encode_chunks
 from jaxlm.train.state import init_state
 from jaxlm.train.step import make_step
 
@@ -34,6 +34,15 @@ def encode(params, tokens, key, rate=0.25):
     x = jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
     mask = (tokens != 0)[..., None]
     return jnp.sum(jnp.tanh(x @ params["w"]) * mask, axis=1) / jnp.maximum(jnp.sum(mask, axis=1), 1)
+
+
+def per_passage(encode):
+    """`encode` for rows of several texts: leaves [n, P, ...] in and out."""
+    def encode_all(params, rows, key):
+        found = encode(params, rows.reshape(-1, *rows.shape[2:]), key)
+        return found.reshape(*rows.shape[:2], *found.shape[1:])
+
+    return encode_all
 
 
 def two_towers():

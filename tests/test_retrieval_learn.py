@@ -65,7 +65,7 @@ CASES = {
 TWO_TOWERS = {"dense"}
 
 
-def make(name):
+def make(name, groups=1):
     """Towers, parameters, a batch and the settings of a case."""
     vectors, config, more = CASES[name]
     encoder, params = tower(0)
@@ -75,7 +75,7 @@ def make(name):
         towers = Towers(other, encoder, shared=False, vectors=vectors)
         params = {"query": query_params, "passage": params}
     batches = EncodedBatches(towers, sources(), RetrievalBatchConfig(batch_size=B, num_negatives=P - 1),
-                             teacher=config.teacher)
+                             teacher=config.teacher, groups=groups)
     if "guide" in more:
         batches.guide = make_guide(*tower(2), sources())
     batches.set_state({"drawn": 2, "sources": ["x"]})
@@ -97,7 +97,7 @@ def plain():
 @pytest.mark.parametrize("name", CASES)
 def test_chunks_on_a_mesh_are_the_plain_loss(name, plain):
     (value, metrics), grads = plain(name)
-    towers, params, batch, config, more = make(name)
+    towers, params, batch, config, more = make(name, groups=8)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     leaves = [place_leaf(path, np.asarray(x), mesh=mesh, rules=ENCODER_RULES)
               for path, x in named_leaves(params).items()]
@@ -124,10 +124,18 @@ def states(params, tokens, mask):
     return hidden, build_encoder(MODEL).vocabulary(params, hidden)
 
 
+def alone(texts, i):
+    """The ids of text i, in whichever rows it lies."""
+    group, place = divmod(i, texts.places.shape[1])
+    places = texts.places[group, place]
+    return texts.tokens[group].ravel()[places[places >= 0]].tolist()
+
+
 def by_hand(towers, params, batch, config, more):
     """The mean loss by numpy in float64, from the hidden states of each text alone."""
-    flat = [np.concatenate([np.pad(x, ((0, 0), (0, 12 - x.shape[1]))) for x in parts]) for parts in zip(
-        batch["query"], [x.reshape(B * P, -1) for x in batch["passage"]], strict=True)]
+    rows = [alone(batch[kind], i) for kind, count in (("query", B), ("passage", B * P)) for i in range(count)]
+    flat = np.array([[*row, *[0] * (12 - len(row))] for row in rows]), np.array([[1] * len(row) + [0] * (12 - len(row))
+                                                                                 for row in rows])
     texts = {}
     for kind, rows in (("query", range(B)), ("passage", range(B, B + B * P))):
         hidden, logits = map(np.float64, states(towers.part(params, kind), *flat))
@@ -197,7 +205,7 @@ def test_a_teacher_alone():
             np.exp(t) / np.exp(t).sum() / (np.exp(s) / np.exp(s).sum())))),
     ):
         config = RetrievalLossConfig(kind=kind, similarity="dot", temperature=2.0, teacher_temperature=4.0)
-        out = per_query(queries, passages, batch, siamese(tower(0)[0]), config, None, 1)
+        out = per_query(queries, Encoded(passages.x.reshape(-1, 4)), batch, siamese(tower(0)[0]), config, None, 1)
         np.testing.assert_allclose(out.loss, [expected(own[0], teacher[0] / 4),
                                               expected(own[1, :2], teacher[1, :2] / 4)], rtol=1e-5)
         np.testing.assert_array_equal(out.correct, [own[0, 0] > own[0, 1:].max(), own[1, 0] > own[1, 1]])
@@ -210,7 +218,7 @@ def test_the_tables_are_the_names():
 
 def test_what_a_batch_holds():
     _, _, batch, _, _ = make("sparse")
-    assert batch["passage"].tokens.shape[:2] == (B, P) and (batch["step"] == 2).all() and "scores" not in batch
+    assert batch["passage"].places.shape[:2] == (1, B * P) and (batch["step"] == 2).all() and "scores" not in batch
     assert batch["excluded"].sum() == 2  # rows 0 and 3 have one positive: each sees it once more
     rows = sources()[0].rows
     _, _, scored, _, _ = make("late")

@@ -18,6 +18,7 @@ from jaxlm.model.encoder import build_encoder
 from jaxlm.retrieval.embed import embed_texts, to_batch, tokenize
 from jaxlm.retrieval.folder import load_text_encoder, save_text_encoder
 from jaxlm.retrieval.learn import GuidedConfig, open_data_sets
+from jaxlm.retrieval.packed_texts import Texts
 from jaxlm.retrieval.rank import rank_towers
 from jaxlm.retrieval.representations import REPRESENTATIONS
 from jaxlm.retrieval.retriever_loss import NestedConfig
@@ -116,7 +117,7 @@ def encoded(towers, params, kind):
     encoder = towers.encoder(kind)
     ids = tokenize(encoder, TEXTS, kind).ids
     batch = to_batch(ids, len(ids), encoder.max_length)
-    encode = lambda params, tokens, mask: towers.representation.encode(encoder, params, tokens, mask, None)
+    encode = lambda params, tokens, mask: towers.representation.encode(encoder, params, Texts(tokens, mask), None)
     return jax.jit(encode)(towers.part(params, kind), *batch)
 
 

@@ -88,7 +88,7 @@ def our_step(config: Config, encoder: TextEncoder, params: Any, rows: Sequence[R
     towers = siamese(encoder)
     state = [init_state(lambda key: jax.tree.map(jnp.array, params), tx, jax.random.key(0), mesh, ENCODER_RULES)]
     batches = EncodedBatches(towers, [DataSet("bench", rows, "")],
-                             RetrievalBatchConfig(batch_size=config.batch_size, num_negatives=0))
+                             RetrievalBatchConfig(batch_size=config.batch_size, num_negatives=0), groups=chunks)
     loss = make_retrieval_loss(towers, RetrievalLossConfig(), chunks=chunks, dropout=False)
     step = make_step(loss, tx, optax.constant_schedule(RATE), mesh=mesh, rules=ENCODER_RULES, seed=0)
 

@@ -104,17 +104,20 @@ class TextEncoder:
         """Numbers in a vector."""
         return self.dimension or self.model.config.d_model
 
-    def hidden(self, params: Any, tokens: jax.Array, mask: jax.Array, dropout_key: jax.Array | None = None
+    def hidden(self, params: Any, tokens: jax.Array, segments: jax.Array, dropout_key: jax.Array | None = None
                ) -> jax.Array:
-        """The hidden states of tokens [B, T] under a mask [B, T] (1 is a token), [B, T, D] in the compute dtype.
+        """The hidden states of tokens [B, T], [B, T, D] in the compute dtype.
+
+        `segments` [B, T] is the number of the text within its row, 0 padding; so a mask of ones is one text a row.
 
         ValueError for a dropout key with a decoder, which has no dropout.
         """
         if isinstance(self.model, Encoder):
-            return self.model.apply(params, tokens, segments=mask, dropout_key=dropout_key)
+            return self.model.apply(params, tokens, segments=segments, dropout_key=dropout_key)
         if dropout_key is not None:
             raise ValueError("decoders have no dropout: give no dropout_key")
-        return self.model.apply(params, tokens, segments=mask, positions=text_positions(mask), logits=False).hidden
+        positions = text_positions(segments)
+        return self.model.apply(params, tokens, segments=segments, positions=positions, logits=False).hidden
 
     def vectors(self, params: Any, tokens: jax.Array, mask: jax.Array, dropout_key: jax.Array | None = None
                 ) -> jax.Array:
@@ -122,7 +125,10 @@ class TextEncoder:
 
         On a mesh each device computes its rows; the result is split like them. ValueError: see `hidden`.
         """
-        hidden_BTD = self.hidden(params, tokens, mask, dropout_key)
+        return self.pooled(self.hidden(params, tokens, mask, dropout_key), mask)
+
+    def pooled(self, hidden_BTD: jax.Array, mask: jax.Array) -> jax.Array:
+        """The vectors of hidden states [B, T, D] under a mask [B, T], [B, width] float32."""
         x_BD = POOLINGS[self.pooling](hidden_BTD, mask)[:, :self.width]
         return unit_length(x_BD) if self.normalize else x_BD
 

@@ -69,10 +69,10 @@ def cached_loss(
 
     Worked example, a siamese encoder and 3 passages a query:
 
-        cached_loss({"query": encode, "passage": per_passage(encode)}, loss, {"query": 2, "passage": 8})
+        cached_loss({"query": encode, "passage": encode}, loss, {"query": 2, "passage": 8})
 
-    of a batch {"query": [B, T], "passage": [B, 3, S], "relevance": [B, 3]} gives `loss` the embeddings
-    {"query": [B, D], "passage": [B, 3, D]}. For two towers each encoder reads its own part of the parameters.
+    of a batch {"query": [B, T], "passage": [3 * B, S], "relevance": [B, 3]} gives `loss` the embeddings
+    {"query": [B, D], "passage": [3 * B, D]}. For two towers each encoder reads its own part of the parameters.
 
     Args:
       encoders: names of batch entries, and what encodes them.
@@ -90,16 +90,6 @@ def cached_loss(
         return loss(params, embeddings, batch)
 
     return value
-
-
-def per_passage(encode: Encode) -> Encode:
-    """`encode` for leaves [n, P, ...]: every passage is a row, and the embeddings are leaves [n, P, ...]."""
-    def encode_all(params: Any, rows: Any, key: jax.Array) -> Any:
-        lead = jax.tree.leaves(rows)[0].shape[:2]
-        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), rows)
-        return jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), encode(params, flat, key))
-
-    return encode_all
 
 
 def _by_rows(x: jax.Array, axis: int) -> jax.Array:

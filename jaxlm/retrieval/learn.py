@@ -14,17 +14,11 @@ from jaxlm.data.beir import beir_rows, read_beir, split_of
 from jaxlm.data.retrieval_batches import RetrievalBatch, RetrievalBatchConfig, RetrievalBatches
 from jaxlm.data.retrieval_rows import Passage, RetrievalRow, read_retrieval_rows
 from jaxlm.objective.contrastive_masks import GuideConfig
-from jaxlm.retrieval.embed import Kind, TextEncoder, bucket, embed_texts, to_batch, tokenize
+from jaxlm.retrieval.embed import Kind, TextEncoder, bucket, embed_texts, tokenize
+from jaxlm.retrieval.packed_texts import Texts, pack
 from jaxlm.retrieval.towers import KINDS, Towers
 
 log = logging.getLogger(__name__)
-
-
-class Texts(NamedTuple):
-    """Texts as the encoder takes them."""
-
-    tokens: np.ndarray  # [..., T] int32
-    mask: np.ndarray    # [..., T] int32, 1 is a token
 
 
 class DataSet(NamedTuple):
@@ -93,30 +87,32 @@ def make_guide(encoder: TextEncoder, params: Any, sources: Sequence["DataSet"]) 
 class EncodedBatches:
     """An endless iterator of dicts of arrays, for `train.loop.fit`: this process's part of every batch.
 
-        query      Texts [B, T]
-        passage    Texts [B, P, S]: the positive, then the negatives
+        query      Texts, B of them in groups
+        passage    Texts, B * P of them in groups: row by row the positive, then the negatives
         relevance  [B, P] int32: 1 the positive, 0 a negative (`objective.contrastive_masks`)
         excluded   [B, K] bool: keys that answer the query too, but are not its positive in this batch
         step       [B] int32: the number of the batch, which a schedule needs
         scores     [B, P] float32 of the teacher, if asked for
         guide      {"query": [B, D], "passage": [B, P, D]} float32, with a guide
 
-    Widths are those of `bucket`, so there are few of them. Every process makes the whole batch and keeps its rows;
-    the K keys are always those of the whole batch.
+    Texts share rows (`pack`) with others of their group: there are `groups`, a multiple of the devices and of the
+    parts of GradCache. Widths are those of `bucket`, so there are few shapes. Every process makes the whole batch and
+    keeps its part; the K keys are always those of the whole batch.
 
     ValueError for data without the scores that are asked for, and as `RetrievalBatches`.
     """
 
     def __init__(self, towers: Towers, sources: Sequence[DataSet], config: RetrievalBatchConfig, *,
-                 teacher: bool = False, loader: int = 0, loaders: int = 1) -> None:
-        if config.batch_size % loaders:
-            raise ValueError(f"batch.batch_size {config.batch_size} does not divide among {loaders} data shards")
+                 teacher: bool = False, groups: int = 1, loader: int = 0, loaders: int = 1) -> None:
+        if config.batch_size % groups or groups % loaders:
+            raise ValueError(f"batch.batch_size {config.batch_size} does not divide into {groups} groups, or these "
+                             f"among {loaders} data shards")
         self.sources, self._towers, self._teacher = sources, towers, teacher
         self.guide: Guide | None = None  # set after these checks, since making one takes long
         self._batches = RetrievalBatches([source.rows for source in sources], config)
         if teacher:
             check_scores(sources, config.num_negatives)
-        self._rows = slice(loader * config.batch_size // loaders, (loader + 1) * config.batch_size // loaders)
+        self._groups, self._loader, self._loaders = groups, loader, loaders
         self._places = self._tokens = self._cut = self._excluded = 0
 
     def __iter__(self) -> "EncodedBatches":
@@ -133,22 +129,23 @@ class EncodedBatches:
         excluded = other_answers(batch, each)
         self._excluded += int(excluded.sum())
         whole = {"query": self._encode(batch.queries, "query"),
-                 "passage": Texts(*map(own, self._encode(passages, "passage"))),
+                 "passage": self._encode(passages, "passage"),
                  "relevance": relevance, "excluded": excluded, "step": np.full(count, step, np.int32)}
         if self._teacher:
             whole["scores"] = batch.scores
         if self.guide is not None:
             whole["guide"] = {"query": self.guide.of("query", batch.queries),
                               "passage": own(self.guide.of("passage", passages))}
-        return jax.tree.map(lambda x: x[self._rows], whole)
+        return jax.tree.map(lambda x: np.split(x, self._loaders)[self._loader], whole)
 
     def _encode(self, texts: Sequence[str], kind: Kind) -> Texts:
         encoder = self._towers.encoder(kind)
         ids, num_cut = tokenize(encoder, texts, kind)
         width = min(bucket(max(map(len, ids))), encoder.max_length)
-        self._places, self._tokens = self._places + width * len(ids), self._tokens + sum(map(len, ids))
+        texts = pack(ids, width, self._groups)
+        self._places, self._tokens = self._places + texts.tokens.size, self._tokens + sum(map(len, ids))
         self._cut += num_cut
-        return Texts(*to_batch(ids, len(ids), width))
+        return texts
 
     def get_state(self) -> dict[str, Any]:
         return self._batches.get_state() | {"sources": [source.fingerprint() for source in self.sources]}

@@ -17,6 +17,7 @@ from jaxlm.objective.contrastive import normalize as unit
 from jaxlm.retrieval.corpus_vectors import encode_corpus, fingerprint
 from jaxlm.retrieval.embed import Kind, TextEncoder, embed_texts, plan_batches, to_batch, tokenize
 from jaxlm.retrieval.index import Hits, as_run, descending_places, search
+from jaxlm.retrieval.packed_texts import Texts
 from jaxlm.retrieval.representations import REPRESENTATIONS, Encoded, Vectors
 from jaxlm.retrieval.towers import Towers
 
@@ -180,7 +181,7 @@ def block_shapes(encoder: TextEncoder, lengths: Sequence[int], batch_tokens: int
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _encode(vectors: Vectors, encoder: TextEncoder, params: Any, tokens: jax.Array, mask: jax.Array) -> Encoded:
-    found = REPRESENTATIONS[vectors].encode(encoder, params, tokens, mask, None)
+    found = REPRESENTATIONS[vectors].encode(encoder, params, Texts(tokens, mask), None)
     return jax.tree.map(lambda x: constrain(x, P()), found)
 
 

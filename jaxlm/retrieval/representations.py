@@ -15,6 +15,7 @@ from jaxlm.objective.contrastive import SIMILARITIES, Similarity, normalize, own
 from jaxlm.objective.late_interaction import max_sim, own_max_sim
 from jaxlm.objective.sparse_retrieval import splade
 from jaxlm.retrieval.embed import TextEncoder
+from jaxlm.retrieval.packed_texts import Texts, hidden_states
 
 Vectors = Literal["dense", "sparse", "late"]
 
@@ -29,8 +30,8 @@ class Encoded(NamedTuple):
 class Representation(NamedTuple):
     """One way to stand for a text."""
 
-    # (encoder, params, tokens [n, T], mask [n, T], dropout key or None) -> leaves [n, ...]
-    encode: Callable[[TextEncoder, Any, jax.Array, jax.Array, jax.Array | None], Encoded]
+    # (encoder, params, n texts, dropout key or None) -> leaves [n, ...]
+    encode: Callable[[TextEncoder, Any, Texts, jax.Array | None], Encoded]
     # (queries [B, ...], keys [K, ...], similarity, number of parts in which keys are scored) -> [B, K] float32
     scores: Callable[[Encoded, Encoded, Similarity, int], jax.Array]
     # (queries [B, ...], passages [B, P, ...], similarity) -> [B, P] float32, each query against its own
@@ -40,24 +41,21 @@ class Representation(NamedTuple):
     mlm_head: bool  # whether it needs the head of masked language modelling
 
 
-def encode_dense(encoder: TextEncoder, params: Any, tokens: jax.Array, mask: jax.Array, key: jax.Array | None
-                 ) -> Encoded:
-    """The vector of `TextEncoder.vectors`."""
-    return Encoded(encoder.vectors(params, tokens, mask, key))
+def encode_dense(encoder: TextEncoder, params: Any, texts: Texts, key: jax.Array | None) -> Encoded:
+    """The vector of `TextEncoder.pooled`."""
+    return Encoded(encoder.pooled(*hidden_states(encoder, params, texts, key)))
 
 
-def encode_sparse(encoder: TextEncoder, params: Any, tokens: jax.Array, mask: jax.Array, key: jax.Array | None
-                  ) -> Encoded:
+def encode_sparse(encoder: TextEncoder, params: Any, texts: Texts, key: jax.Array | None) -> Encoded:
     """max over tokens of log(1 + relu(logits of masked language modelling)); a text without tokens has weights 0."""
-    logits_BTV = encoder.model.vocabulary(params, encoder.hidden(params, tokens, mask, key))
-    return Encoded(splade(logits_BTV, mask))
+    hidden_BTD, mask_BT = hidden_states(encoder, params, texts, key)
+    return Encoded(splade(encoder.model.vocabulary(params, hidden_BTD), mask_BT))
 
 
-def encode_late(encoder: TextEncoder, params: Any, tokens: jax.Array, mask: jax.Array, key: jax.Array | None
-                ) -> Encoded:
+def encode_late(encoder: TextEncoder, params: Any, texts: Texts, key: jax.Array | None) -> Encoded:
     """The hidden states of all tokens, special ones and the prompt included, cut to `encoder.width`."""
-    hidden_BTD = encoder.hidden(params, tokens, mask, key)
-    return Encoded(hidden_BTD[..., :encoder.width].astype(jnp.float32), mask)
+    hidden_BTD, mask_BT = hidden_states(encoder, params, texts, key)
+    return Encoded(hidden_BTD[..., :encoder.width].astype(jnp.float32), mask_BT)
 
 
 def vector_scores(queries: Encoded, keys: Encoded, similarity: Similarity, num_chunks: int = 1) -> jax.Array:

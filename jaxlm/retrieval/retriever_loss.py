@@ -14,7 +14,8 @@ from jaxlm.objective.contrastive_distill import margin_mse, score_distillation
 from jaxlm.objective.contrastive_masks import GuideConfig, guided, in_batch
 from jaxlm.objective.distill import DistillConfig
 from jaxlm.objective.sparse_retrieval import flops, quadratic_warmup
-from jaxlm.retrieval.gradcache import cached_loss, per_passage
+from jaxlm.retrieval.gradcache import cached_loss
+from jaxlm.retrieval.packed_texts import Texts
 from jaxlm.retrieval.representations import Encoded
 from jaxlm.retrieval.towers import KINDS, Towers, has_dropout
 
@@ -119,21 +120,21 @@ class PerQuery(NamedTuple):
 
 def per_query(queries: Encoded, passages: Encoded, batch: Any, towers: Towers, config: RetrievalLossConfig,
               guide: GuideConfig | None, num_chunks: int) -> PerQuery:
-    """The losses of encoded queries [B, ...] and passages [B, P, ...], every query against the passages of all.
+    """The losses of encoded queries [B, ...] and passages [B * P, ...], every query against the passages of all.
 
     A query is correct when its positive scores above all that it is compared with: without a contrastive part, its own
     negatives.
     """
     relevance = batch["relevance"]
-    own = towers.representation.own_scores(queries, passages, config.similarity) if config.teacher else None
+    by_query = lambda texts: jax.tree.map(lambda x: x.reshape(*relevance.shape, *x.shape[1:]), texts)
+    own = towers.representation.own_scores(queries, by_query(passages), config.similarity) if config.teacher else None
     if config.contrastive:
-        keys = _flat(passages)
         positive, excluded = in_batch(relevance)
         excluded |= batch["excluded"]
         if guide is not None:
             scores = dot(batch["guide"]["query"], _flat(batch["guide"]["passage"]))
             excluded |= guided(scores, positive, guide)
-        scores = towers.representation.scores(queries, keys, config.similarity, num_chunks)
+        scores = towers.representation.scores(queries, passages, config.similarity, num_chunks)
         loss, correct, counted = from_scores(scores, positive, excluded, config)
     else:
         loss, correct, counted = from_scores(own, relevance == 1, relevance < 0, config)
@@ -152,7 +153,7 @@ def make_retrieval_loss(
 
     Args:
       chunks: parts in which queries and passages are encoded with GradCache, and keys scored by MaxSim; 1 keeps all
-        activations.
+        activations. It divides the groups of a batch.
       dropout: of encoders that have one; decoders have none.
       nested: prefixes of the vectors that must serve alone too.
       regulariser: of sparse vectors.
@@ -161,11 +162,16 @@ def make_retrieval_loss(
     def encoder_of(kind: str) -> Callable[[Any, Any, jax.Array], Encoded]:
         encoder = towers.encoder(kind)
         dropped = dropout and has_dropout(encoder)
-        return lambda params, texts, key: towers.representation.encode(
-            encoder, towers.part(params, kind), texts.tokens, texts.mask, key if dropped else None)
+
+        def encode(params: Any, texts: Texts, key: jax.Array) -> Encoded:
+            own = towers.part(params, kind)
+            found = towers.representation.encode(encoder, own, texts, key if dropped else None)
+            return jax.tree.map(lambda x: x.reshape(len(texts.tokens), -1, *x.shape[1:]), found)
+
+        return encode
 
     def loss(params: Any, texts: dict[str, Encoded], batch: Any) -> tuple[jax.Array, dict[str, Metric]]:
-        queries, passages = (texts[kind] for kind in KINDS)
+        queries, passages = (_flat(texts[kind]) for kind in KINDS)
         score = lambda q, p: per_query(queries._replace(x=q), passages._replace(x=p), batch, towers, config, guide,
                                        chunks)
         out = score(queries.x, passages.x)
@@ -176,12 +182,12 @@ def make_retrieval_loss(
         metrics = {"loss": total, "accuracy": aggregate(out.correct, out.counted)}
         if regulariser is None:
             return total.total, metrics
-        penalty, found = _sparsity(queries.x, _flat(passages).x, batch["step"][0], regulariser)
+        penalty, found = _sparsity(queries.x, passages.x, batch["step"][0], regulariser)
         total = Mean(total.total + penalty * jax.lax.stop_gradient(total.weight), total.weight)
         return total.total, metrics | found | {"loss": total}
 
-    encoders = {"query": encoder_of("query"), "passage": per_passage(encoder_of("passage"))}
-    return cached_loss(encoders, loss, dict.fromkeys(KINDS, chunks), cached=chunks > 1)
+    return cached_loss({kind: encoder_of(kind) for kind in KINDS}, loss, dict.fromkeys(KINDS, chunks),
+                       cached=chunks > 1)
 
 
 def _sparsity(queries: jax.Array, passages: jax.Array, step: jax.Array, config: FlopsConfig
@@ -198,5 +204,5 @@ def _sparsity(queries: jax.Array, passages: jax.Array, step: jax.Array, config: 
 
 
 def _flat(texts: Any) -> Any:
-    """Leaves [B, P, ...] as [B P, ...]."""
+    """Leaves [G, n, ...] as [G n, ...]."""
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), texts)
