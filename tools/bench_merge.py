@@ -1,6 +1,6 @@
 """Merging against mergekit on the same checkpoints, in turns: seconds, GB/s, peak memory.
 
-    pip install --no-deps mergekit pydantic immutables click accelerate   # no dependency of ours
+    pip install --no-deps mergekit pydantic immutables click accelerate peft   # no dependency of ours
     python -m tools.bench_merge [--gigabytes 1 --models 3 --repeat 3]
 
 Random Llama checkpoints of the size asked for; each merge is a process of its own from the command line to the written

@@ -23,7 +23,7 @@ def slerp(base: None, stacked: jax.Array, weights: jax.Array, *, t: jax.Array) -
     """
     check(base, stacked, weights, needs_base=False)
     chex.assert_shape(stacked, (2, ...))
-    cosine = cosine_matrix(gram(list(stacked.astype(jnp.float32))))[0, 1]
+    cosine = cosine_matrix(gram(stacked))[0, 1]
     coefficients = _arc(cosine, t, jnp.abs(cosine) > CHORD)
     return affine([jnp.zeros_like(stacked[0]), *stacked], coefficients)
 
@@ -35,7 +35,7 @@ def nuslerp(base: jax.Array | None, stacked: jax.Array, weights: jax.Array, *, r
     """
     check(base, stacked, weights, needs_base=None)
     chex.assert_shape(stacked, (2, ...))
-    cosine = cosine_matrix(gram(_from(base, stacked), row_wise))[0, 1]
+    cosine = cosine_matrix(gram(stacked, base, row_wise))[0, 1]
     coefficients = _arc(cosine, weights[1] / jnp.sum(weights), 1 - jnp.abs(cosine) < PARALLEL)
     return affine([jnp.zeros_like(stacked[0]) if base is None else base, *stacked], coefficients)
 
@@ -48,7 +48,7 @@ def multislerp(base: jax.Array | None, stacked: jax.Array, weights: jax.Array) -
     """
     check(base, stacked, weights, needs_base=None)
     weights = weights / jnp.sum(weights)
-    products = gram(_from(base, stacked))
+    products = gram(stacked, base)
     cosines = cosine_matrix(products)
     square = weights @ cosines @ weights
     share = safe_divide(weights, safe_sqrt(square))
@@ -63,7 +63,7 @@ def karcher(base: jax.Array | None, stacked: jax.Array, weights: jax.Array, *, i
     """
     check(base, stacked, weights, needs_base=None)
     weights = weights / jnp.sum(weights)
-    products = gram(_from(base, stacked))
+    products = gram(stacked, base)
     cosines = cosine_matrix(products)
     square = weights @ cosines @ weights
 
@@ -88,11 +88,6 @@ def nearswap(base: None, stacked: jax.Array, weights: jax.Array, *, t: jax.Array
     chex.assert_shape(stacked, (2, ...))
     first, second = stacked.astype(jnp.float32)
     return jnp.where(jnp.abs(second - first) <= t, second, first + jnp.clip(second - first, -t, t))
-
-
-def _from(base: jax.Array | None, stacked: jax.Array) -> list[jax.Array]:
-    origin = 0 if base is None else base.astype(jnp.float32)
-    return [x.astype(jnp.float32) - origin for x in stacked]
 
 
 def _arc(cosine: jax.Array, t: jax.Array, line: jax.Array) -> list[jax.Array]:

@@ -123,8 +123,8 @@ def _merge(
         own = {} if key is None else {"key": key}
         return METHODS[name].function(base, stacked, weights, **numbers, **dict(fixed), **own).astype(dtype)
 
-    # XLA never makes the stack: every method reads its models one by one.
-    stacked = jnp.stack([leaf.astype(jnp.float32) for leaf in leaves], axis=1 if layered else 0)
+    # XLA never makes the stack: every method reads its models one by one, and casts what it reads.
+    stacked = jnp.stack(leaves, axis=1 if layered else 0)
     return (jax.vmap(one) if layered else one)(base, stacked, weights, numbers, key)
 
 

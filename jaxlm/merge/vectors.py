@@ -69,7 +69,7 @@ def model_stock(base: jax.Array, stacked: jax.Array, weights: jax.Array, *, row_
     """
     check(base, stacked, weights, needs_base=True)
     num = len(stacked)
-    cosines = cosine_matrix(gram([x - base.astype(jnp.float32) for x in stacked.astype(jnp.float32)], row_wise))
+    cosines = cosine_matrix(gram(stacked, base, row_wise))
     mean = sum(cosines[i, j] for i in range(num) for j in range(i)) / (num * (num - 1) / 2)
     mean = jnp.maximum(mean, 0)
     t = num * mean / (1 + (num - 1) * mean)
@@ -85,15 +85,23 @@ def loss_weights(losses: jax.Array, temperature: float) -> jax.Array:
     return jax.nn.softmax(-losses.astype(jnp.float32) / temperature)
 
 
-def gram(vectors: Sequence[jax.Array], row_wise: bool = False) -> jax.Array:
-    """Inner products of tensors in float32, [N, N]; with `row_wise` of each row (the last axis), [N, N, ..., 1]."""
-    def inner(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.sum(a * b, axis=-1, keepdims=True) if row_wise and a.ndim else jnp.sum(a * b)
+def gram(stacked: jax.Array, base: jax.Array | None = None, row_wise: bool = False) -> jax.Array:
+    """Inner products of tensors (with a base, of their differences from it) in float32, [N, N].
+
+    With `row_wise` of each row (the last axis), [N, N, ..., 1].
+    """
+    def inner(i: int, j: int) -> jax.Array:
+        # Behind a barrier every product reads the tensors as they are stored. Else XLA (CPU, jax 0.10.2) casts each
+        # once for all products, into new memory: 71 ms instead of 8 for two of 11.5 million bfloat16.
+        parts = jax.lax.optimization_barrier((stacked[i], stacked[j], *([] if base is None else [base])))
+        a, b, *origin = (part.astype(jnp.float32) for part in parts)
+        product = (a - origin[0]) * (b - origin[0]) if origin else a * b
+        return jnp.sum(product, axis=-1, keepdims=True) if row_wise and product.ndim else jnp.sum(product)
 
     # All entries come from one kind of sum, so that those of equal tensors are equal bit for bit.
-    entries = {(i, j): inner(vectors[i], vectors[j]) for i in range(len(vectors)) for j in range(i + 1)}
-    return jnp.stack([jnp.stack([entries[max(i, j), min(i, j)] for j in range(len(vectors))])
-                      for i in range(len(vectors))])
+    num = len(stacked)
+    entries = {(i, j): inner(i, j) for i in range(num) for j in range(i + 1)}
+    return jnp.stack([jnp.stack([entries[max(i, j), min(i, j)] for j in range(num)]) for i in range(num)])
 
 
 def cosine_matrix(products: jax.Array) -> jax.Array:

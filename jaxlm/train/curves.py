@@ -2,12 +2,6 @@
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display on a training host
-
-from matplotlib.figure import Figure
-
 from jaxlm.core.log import read_metrics
 
 
@@ -16,6 +10,8 @@ def plot_curves(metrics: Path, output: Path) -> None:
 
     Panels without data are left out; series with one prefix (`eval/bpb_ko`, `eval/bpb_en`) share a panel.
     """
+    from matplotlib.figure import Figure  # takes longer to import than most commands that never draw need to start
+
     records = read_metrics(metrics)
     named = lambda prefix: sorted({name for record in records for name in record if name.startswith(prefix)})
     panels = {
