@@ -321,5 +321,5 @@ def test_wrong_settings(make, message):
 
 
 def test_missing_extra():
-    with pytest.raises(ValueError, match=r"needs the package no_such_module: pip install jaxlm\[curate\]"):
+    with pytest.raises(ValueError, match=r"needs the package no_such_module: pip install 'jaxlm\[curate\]"):
         extra("no_such_module")

@@ -153,5 +153,5 @@ def test_wrong_settings(settings, message):
 
 def test_without_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(ValueError, match=r"pip install jaxlm\[faiss\]"):
+    with pytest.raises(ValueError, match=r"pip install 'jaxlm\[faiss\]"):
         open_index(IndexConfig(kind="faiss_flat"), [np.eye(2)])

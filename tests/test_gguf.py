@@ -219,7 +219,7 @@ def test_all_wrong_settings_are_named_together(params, tmp_path):
 
 def test_the_extra_to_install_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ValueError, match=r"pip install jaxlm\[gguf\]"):
+    with pytest.raises(ValueError, match=r"pip install 'jaxlm\[gguf\]"):
         load_gguf(tmp_path / "model.gguf")
 
 

@@ -265,7 +265,7 @@ def test_embedded_facts_need_no_network(lm_eval, folder, tmp_path, capsys):
 
 def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ValueError, match=r"pip install jaxlm\[eval\]"):
+    with pytest.raises(ValueError, match=r"pip install 'jaxlm\[eval\]"):
         open_tasks(["a"])
-    with pytest.raises(ValueError, match=r"pip install jaxlm\[eval\]"):
+    with pytest.raises(ValueError, match=r"pip install 'jaxlm\[eval\]"):
         harness_scores(None, ["a"], None)

@@ -158,5 +158,5 @@ def test_errors(mteb, monkeypatch):
     with pytest.raises(ValueError, match=r"'SciFac' not found\. Did you mean: 'SciFact'"):
         mteb_tasks(["SciFac"])
     monkeypatch.setitem(sys.modules, "mteb", None)
-    with pytest.raises(ValueError, match=r"pip install jaxlm\[mteb\]"):
+    with pytest.raises(ValueError, match=r"pip install 'jaxlm\[mteb\]"):
         adapter.mteb_model(retriever(), "tiny")

@@ -248,7 +248,7 @@ def test_tasks_of_reasoning_gym():
 
 def test_a_missing_reasoning_gym_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(ValueError, match="the extra gym: pip install"):
+    with pytest.raises(ValueError, match=r"needs the package reasoning_gym: pip install 'jaxlm\[gym\]'"):
         gym_tasks(GymConfig(name="basic_arithmetic"))
 
 

@@ -1,12 +1,7 @@
-"""Modules of the optional extra `curate`, imported when they are needed: datatrove alone takes seconds."""
+"""Modules of the optional extra `curate`: datatrove alone takes seconds to import."""
 
-import importlib
-from types import ModuleType
+from functools import partial
 
+from jaxlm.core.extras import extra as any_extra
 
-def extra(module: str) -> ModuleType:
-    """A module of the extra; ValueError naming the extra if it is not installed."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"curation needs the package {error.name}: pip install jaxlm[curate]") from None
+extra = partial(any_extra, name="curate")

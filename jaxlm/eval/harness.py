@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxlm.core.batch import power_of_two
 from jaxlm.core.config import nearest
+from jaxlm.core.extras import extra
 from jaxlm.core.matmul import matmul
 from jaxlm.data.chat import encode_symbols, find_symbols
 from jaxlm.data.chat_template import ChatTemplate
@@ -300,11 +301,6 @@ def harness_scores(model: HarnessModel, tasks: Sequence[str], manager: Any, *, l
 
 
 def _lm_eval() -> ModuleType:
-    try:
-        import lm_eval
-        import lm_eval.api.model
-        import lm_eval.tasks
-        import lm_eval.utils
-    except ImportError:
-        raise ValueError("evaluation by tasks needs lm-evaluation-harness: pip install jaxlm[eval]") from None
-    return lm_eval
+    for module in ("lm_eval.api.model", "lm_eval.tasks", "lm_eval.utils"):
+        extra(module, "eval")
+    return extra("lm_eval", "eval")

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.core.extras import extra
 from jaxlm.core.tree import count_parameters
 from jaxlm.objective.contrastive import Similarity
 from jaxlm.retrieval.corpus_vectors import fingerprint
@@ -126,7 +126,7 @@ def mteb_model(towers: Towers, name: str, *, batch_tokens: int = 8192) -> MtebMo
     facts = [[fingerprint(params), _settings(encoder)] for encoder, params in both]
     revision = json.dumps(facts if towers.vectors == "dense" else [*facts, towers.vectors], sort_keys=True)
     passage = towers.passage
-    meta = _mteb().models.ModelMeta(
+    meta = extra("mteb", "mteb").models.ModelMeta(
         loader=None, name=f"jaxlm/{name}", revision=hashlib.sha256(revision.encode()).hexdigest()[:16],
         release_date=None, languages=None, n_parameters=count_parameters(towers.params), memory_usage_mb=None,
         max_tokens=passage.max_length,
@@ -139,7 +139,7 @@ def mteb_model(towers: Towers, name: str, *, batch_tokens: int = 8192) -> MtebMo
 
 def mteb_tasks(names: Sequence[str]) -> list[Any]:
     """Tasks of mteb by name, such as `SciFact`. ValueError for one that there is not, with mteb's guess."""
-    mteb = _mteb()
+    mteb = extra("mteb", "mteb")
     try:
         return [mteb.get_task(name) for name in names]
     except KeyError as error:
@@ -152,7 +152,7 @@ def mteb_scores(model: MtebModel, tasks: Sequence[Any], folder: Path | None = No
     Args:
       folder: keeps mteb's result files; tasks that are there for this revision of the model are not run again.
     """
-    mteb = _mteb()
+    mteb = extra("mteb", "mteb")
     cache = None if folder is None else mteb.ResultCache(folder)
     result = mteb.evaluate(model, tasks, cache=cache, show_progress_bar=False, co2_tracker=False,
                            encode_kwargs={"show_progress_bar": False})
@@ -162,11 +162,3 @@ def mteb_scores(model: MtebModel, tasks: Sequence[Any], folder: Path | None = No
 def _settings(encoder: TextEncoder) -> dict[str, Any]:
     plain = {name: value for name, value in vars(encoder).items() if name not in ("model", "tokenizer")}
     return plain | {"tokenizer": encoder.tokenizer.fingerprint(), "config": repr(encoder.model.config)}
-
-
-def _mteb() -> ModuleType:
-    try:
-        import mteb
-    except ImportError:
-        raise ValueError("evaluation with mteb needs the package: pip install jaxlm[mteb]") from None
-    return mteb

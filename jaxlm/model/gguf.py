@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.core.extras import extra
 from jaxlm.model.config import ModelConfig, RopeScaling
 from jaxlm.model.hf import TRANSFORMS, Put, Shape, fill, find_problems, leaf_shapes, raise_problems, slots
 from jaxlm.model.layers import rope_frequencies
@@ -129,10 +130,7 @@ def gguf_chat_template(path: Path | str) -> str | None:
 
 
 def _open(path: Path | str) -> tuple[ModuleType, Any]:
-    try:
-        import gguf
-    except ImportError:
-        raise ValueError("reading GGUF files needs the gguf package: pip install jaxlm[gguf]") from None
+    gguf = extra("gguf", "gguf")
     try:
         return gguf, gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError, OSError) as error:

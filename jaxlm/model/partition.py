@@ -34,7 +34,7 @@ PARAM_RULES: Rules = (
 )
 # Of encoders, whose attention and MLP are split as above.
 ENCODER_RULES: Rules = (
-    (r"(positions|types)/embedding$", P(None, "fsdp")),                                     # [positions, D]
+    (r"(positions|types)/embedding$", P()),                                                 # [positions, D]
     (r"mlp/up/bias$", P(None, "tensor")),                                                   # [L, F]
     (r"mlm/transform/kernel$", P("fsdp", None)),                                            # [D, D]
     (r"mlm/bias$", P("tensor")),                                                            # [V]

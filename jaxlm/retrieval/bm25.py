@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm.core.extras import extra
 from jaxlm.retrieval.index import NO_ROW, Hits, descending_places
 
 _WORD = re.compile(r"\w+")
@@ -62,10 +63,7 @@ def bm25_search(index: Any, queries: Sequence[str], k: int, *, ids: Sequence[str
 
 
 def _bm25s() -> ModuleType:
-    try:
-        # Not at the top: the import computes something with JAX, and after that no distributed run can begin.
-        import bm25s
-    except ImportError:
-        raise ValueError("keyword search needs the bm25s package: pip install jaxlm[rl]") from None
+    # Not at the top: the import computes something with JAX, and after that no distributed run can begin.
+    bm25s = extra("bm25s", "rl")
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG, on the terminal of every run
     return bm25s

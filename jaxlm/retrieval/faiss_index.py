@@ -18,6 +18,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from jaxlm.core.extras import extra
 from jaxlm.core.files import replacing
 from jaxlm.retrieval.index import NO_ROW, Hits, Similarity, descending_places, search
 
@@ -85,7 +86,7 @@ def exact(config: IndexConfig, blocks: Sequence[np.ndarray], similarity: Similar
 def faiss_flat(config: IndexConfig, blocks: Sequence[np.ndarray], similarity: Similarity, ids: Sequence[str] | None
                ) -> Search:
     """All inner products."""
-    faiss = _faiss()
+    faiss = extra("faiss", "faiss")
     index = _opened(faiss, config, blocks, similarity, lambda count, width: faiss.IndexFlatIP(width))
     return _search(index, similarity, ids)
 
@@ -93,7 +94,7 @@ def faiss_flat(config: IndexConfig, blocks: Sequence[np.ndarray], similarity: Si
 def faiss_hnsw(config: IndexConfig, blocks: Sequence[np.ndarray], similarity: Similarity, ids: Sequence[str] | None
                ) -> Search:
     """A graph, walked from a few entrances towards the query."""
-    faiss = _faiss()
+    faiss = extra("faiss", "faiss")
 
     def empty(count: int, width: int) -> Any:
         index = faiss.IndexHNSWFlat(width, config.neighbors, faiss.METRIC_INNER_PRODUCT)
@@ -107,7 +108,7 @@ def faiss_hnsw(config: IndexConfig, blocks: Sequence[np.ndarray], similarity: Si
 def faiss_ivf(config: IndexConfig, blocks: Sequence[np.ndarray], similarity: Similarity, ids: Sequence[str] | None
               ) -> Search:
     """Clusters (k-means of a sample), of which the nearest ones are searched."""
-    faiss = _faiss()
+    faiss = extra("faiss", "faiss")
 
     def empty(count: int, width: int) -> Any:
         lists = config.lists or max(1, min(int(4 * math.sqrt(count)), count // LEAST))
@@ -226,14 +227,6 @@ def _prepared(vectors: np.ndarray, similarity: Similarity) -> np.ndarray:
     # Scaled first: the squares of small numbers would vanish, those of large ones overflow.
     vectors = vectors / np.maximum(np.abs(vectors).max(axis=1, keepdims=True), np.finfo(np.float32).tiny)
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 0.5)
-
-
-def _faiss() -> ModuleType:
-    try:
-        import faiss
-    except ImportError:
-        raise ValueError("this index needs FAISS: pip install jaxlm[faiss]") from None
-    return faiss
 
 
 INDEXES = {"exact": exact, "faiss_flat": faiss_flat, "faiss_hnsw": faiss_hnsw, "faiss_ivf": faiss_ivf}

@@ -8,6 +8,7 @@ import types
 from dataclasses import dataclass
 
 from jaxlm.core.config import nearest
+from jaxlm.core.extras import extra
 from jaxlm.reward.verify import numeric_equal
 from jaxlm.rl.arithmetic import CALCULATOR
 from jaxlm.rl.task import Task
@@ -51,10 +52,5 @@ def _convertible(factory: types.ModuleType, dataset: types.ModuleType) -> list[s
 
 
 def _package() -> tuple[types.ModuleType, types.ModuleType, types.ModuleType]:
-    try:
-        import reasoning_gym
-        import reasoning_gym.dataset
-        import reasoning_gym.factory
-    except ImportError as error:
-        raise ValueError(f"tasks of reasoning-gym need the extra gym: pip install 'jaxlm[gym]' ({error})") from None
-    return reasoning_gym, reasoning_gym.factory, reasoning_gym.dataset
+    whole, factory, dataset = (extra(f"reasoning_gym{part}", "gym") for part in ("", ".factory", ".dataset"))
+    return whole, factory, dataset

@@ -8,9 +8,9 @@ reached from its code. It runs in a process of its own, below the worker process
 import functools
 from dataclasses import dataclass
 from datetime import datetime
-from types import ModuleType
 from typing import Any
 
+from jaxlm.core.extras import extra
 from jaxlm.rl.tools import Tool
 
 DESCRIPTION = """Runs Python code and returns what it prints and the value of its last line.
@@ -39,7 +39,7 @@ class SandboxConfig:
 
 def python_tool(config: SandboxConfig | None = None) -> Tool:
     """The tool `python(code)`. State does not survive a call. ValueError without pydantic-monty."""
-    _monty()
+    extra("pydantic_monty", "rl")
     parameters = {"type": "object", "properties": {"code": {"type": "string"}}, "required": ["code"],
                   "additionalProperties": False}
     return Tool("python", DESCRIPTION, parameters, functools.partial(run_python, config or SandboxConfig()))
@@ -47,7 +47,7 @@ def python_tool(config: SandboxConfig | None = None) -> Tool:
 
 def run_python(config: SandboxConfig, code: str) -> str:
     """Printed text, then the value of the last expression as Python shows it. ValueError with the error's line."""
-    monty = _monty()
+    monty = extra("pydantic_monty", "rl")
     output = monty.CollectString(max_bytes=config.max_output)
     limits = {"max_feed_duration_secs": config.seconds, "max_memory": config.memory,
               "max_recursion_depth": config.recursion}
@@ -64,7 +64,7 @@ def run_python(config: SandboxConfig, code: str) -> str:
 
 def _told(error: Any, config: SandboxConfig) -> str:
     """An error in one line. Of limits it names no measured value, which would change from run to run."""
-    if isinstance(error, _monty().MontyCrashedError):
+    if isinstance(error, extra("pydantic_monty", "rl").MontyCrashedError):
         return f"the code was stopped: it ran longer than {config.seconds:g} seconds, or crashed the interpreter"
     kind, frames = error.display("type-msg"), error.traceback()
     if kind.startswith("TimeoutError: feed time limit"):
@@ -78,13 +78,5 @@ def _told(error: Any, config: SandboxConfig) -> str:
 @functools.cache
 def _pool(config: SandboxConfig) -> Any:
     """One interpreter process, started at the first call; it ends with this one."""
-    return _monty().Monty(max_processes=1, request_timeout=config.seconds + 2 * GRACE,
+    return extra("pydantic_monty", "rl").Monty(max_processes=1, request_timeout=config.seconds + 2 * GRACE,
                           feed_duration_limit_grace=GRACE).__enter__()
-
-
-def _monty() -> ModuleType:
-    try:
-        import pydantic_monty
-    except ImportError:
-        raise ValueError("running Python needs the pydantic-monty package: pip install jaxlm[rl]") from None
-    return pydantic_monty
