@@ -81,12 +81,13 @@ def test_norms_embeddings_and_biases_do_not_decay_but_the_head_does():
     assert not mask["layers"]["mlp_norm"]["scale"]
 
 
-def test_ten_updates_equal_torch_adamw_with_clipping():
-    config = OptimConfig(lr=0.05, weight_decay=0.1, clip_norm=0.7, schedule=ScheduleConfig(warmup=0.0))
+@pytest.mark.parametrize("decay", ["kernels", "all"])
+def test_ten_updates_equal_torch_adamw_with_clipping(decay):
+    config = OptimConfig(lr=0.05, weight_decay=0.1, decay=decay, clip_norm=0.7, schedule=ScheduleConfig(warmup=0.0))
     tx = make_optimizer(config, 10)
     params = jax.tree.map(jnp.asarray, PARAMS)
     state = tx.init(params)
-    mask = jax.tree.leaves(decay_mask(PARAMS))
+    mask = [decay == "all" or decays for decays in jax.tree.leaves(decay_mask(PARAMS))]
     peers = [torch.nn.Parameter(torch.tensor(leaf)) for leaf in jax.tree.leaves(PARAMS)]
     groups = [
         {"params": [p for p, m in zip(peers, mask, strict=True) if m == decays], "weight_decay": 0.1 * decays}

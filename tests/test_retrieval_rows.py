@@ -27,14 +27,20 @@ def test_all_forms_of_a_row_are_read(tmp_path, caplog):
         {"question": "q", "positive_ctxs": [{"title": "T", "text": "p", "id": 7}, {"title": " ", "text": "p2"}],
          "negative_ctxs": []},
         {"anchor": "q", "pos": ["p", " ", "r"], "neg": ["n"], "pos_scores": [3, 2, 1.5], "neg_scores": [-1]},
-        {"query": "q", "positives": [""]}, {"query": " ", "positive": "p"})
+        {"query": "q", "positives": [""]}, {"query": " ", "positive": "p"},
+        {"query_id": "1", "query": "q", "positive_passages": [{"docid": "8", "text": "p"}], "negative_passages": []},
+        {"anchor": "q", "positive": "p", "negative_1": "n", "negative_2": "m", "negative_10": "l", "pos_score": 1},
+        {"question": "q", "positive_ctxs": ["p"], "negative_ctxs": ["m"], "hard_negative_ctxs": ["n"], "answers": []})
     data = read_retrieval_rows(path)
     assert data.rows == [
         RetrievalRow("q", (Passage("p", "p"),), (Passage("n", "n"),)),
         RetrievalRow("q", (Passage("7", "T p"), Passage("p2", "p2"))),
-        RetrievalRow("q", (Passage("p", "p"), Passage("r", "r")), (Passage("n", "n"),), (3.0, 1.5), (-1.0,))]
+        RetrievalRow("q", (Passage("p", "p"), Passage("r", "r")), (Passage("n", "n"),), (3.0, 1.5), (-1.0,)),
+        RetrievalRow("q", (Passage("8", "p"),)),
+        RetrievalRow("q", (Passage("p", "p"),), tuple(Passage(x, x) for x in "nml")),
+        RetrievalRow("q", (Passage("p", "p"),), (Passage("n", "n"), Passage("m", "m")))]
     assert data.dropped == {"empty positives": 2, "rows without a positive": 1, "rows with an empty query": 1}
-    assert "left out 2 empty positives" in caplog.text
+    assert "left out 2 empty positives" in caplog.text and "fields that are not read: pos_score (1 rows)" in caplog.text
 
 
 @pytest.mark.parametrize("line, error", [
@@ -49,6 +55,8 @@ def test_all_forms_of_a_row_are_read(tmp_path, caplog):
     ({"query": "q", "pos": ["p"], "pos_scores": [1, 2]}, ":2: field 'pos_scores' has 2 scores for 1 passages"),
     ({"query": "q", "pos": ["p"], "pos_scores": [True]}, ":2: field 'pos_scores' must hold finite numbers"),
     ('{"query": "q", "pos": ["p"], "pos_scores": [NaN]}', ":2: field 'pos_scores' must hold finite numbers"),
+    ({"query": "q", "positive": "p", "neg": "n", "negative_1": "n"}, ":2: fields 'negative_1' and 'neg' mean the same"),
+    ({"query": "q", "pos": [{"id": 1, "text": "b"}, {"id": "1", "text": "c"}]}, ":2: the id '1' stands for 'c' here"),
     ({"query": "q", "pos": "p", "neg": "n", "pos_scores": 1}, ":2: teacher scores need to be given for positives and"),
 ])
 def test_a_bad_row_is_named(tmp_path, line, error):

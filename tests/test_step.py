@@ -39,11 +39,11 @@ def batch(seed: int, rows: int = 32) -> dict[str, np.ndarray]:
     }
 
 
-def train(mesh, accumulate=1, steps=3, change=lambda i, b: b):
+def train(mesh, accumulate=1, steps=3, change=lambda i, b: b, **more):
     tx = make_optimizer(OPTIM, steps)
     schedule = make_schedule(OPTIM.schedule, OPTIM.lr, steps)
     state = init_state(init, tx, derive(0, "init"), mesh, RULES)
-    step = make_step(loss, tx, schedule, mesh=mesh, rules=RULES, accumulate=accumulate)
+    step = make_step(loss, tx, schedule, mesh=mesh, rules=RULES, accumulate=accumulate, **more)
     history = []
     with jax.set_mesh(mesh):
         for i in range(steps):
@@ -98,6 +98,8 @@ def test_metrics_name_rate_and_tokens():
     _, history = train(mesh_of(1), steps=1)
     assert history[0]["lr"] == pytest.approx(1e-2)
     assert history[0]["tokens"] == batch(0)["mask"].sum()
+    _, history = train(mesh_of(1), accumulate=2, steps=1, tokens=lambda batch: batch["x"].shape[0] + batch["mask"].sum())
+    assert history[0]["tokens"] == 32 + batch(0)["mask"].sum()
 
 
 def test_state_keeps_its_sharding_and_optimizer_follows_the_parameter():

@@ -3,14 +3,18 @@
     {"query": "who wrote Emma", "positive": "Emma is a novel by ...", "negative": "Emma Stone is ..."}
     {"question": "...", "positive_ctxs": [{"title": "", "text": "..."}], "negative_ctxs": [...]}      as DPR and TSM
     {"query": "...", "pos": ["..."], "neg": ["...", "..."], "pos_scores": [9.1], "neg_scores": [2.0, 7.5]}
+    {"query": "...", "positive_passages": [{"docid": "3", "title": "", "text": "..."}], "negative_passages": [...]}
+    {"anchor": "...", "positive": "...", "negative_1": "...", "negative_2": "..."}    n-tuples of sentence-transformers
 
-A line without negatives is a pair. BEIR folders: `jaxlm.data.beir`.
+A line without negatives is a pair. An id stands for one text in the whole file. BEIR folders: `jaxlm.data.beir`.
 """
 
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +22,10 @@ from jaxlm.data.json_rows import field, read_rows
 from jaxlm.data.rows import missing_field
 
 QUERY = ("query", "question", "anchor")
-POSITIVE = ("positive", "positives", "pos", "positive_ctxs")
-NEGATIVE = ("negative", "negatives", "neg", "negative_ctxs", "hard_negative_ctxs")
+POSITIVE = ("positive", "positives", "pos", "positive_ctxs", "positive_passages")
+NEGATIVE = ("negative", "negatives", "neg", "hard_negative_ctxs", "negative_ctxs", "negative_passages")
+NUMBERED = re.compile(r"negative_\d+")
+BOTH = ("hard_negative_ctxs", "negative_ctxs")  # DPR's files have hard negatives and random ones
 POSITIVE_SCORES, NEGATIVE_SCORES = ("positive_scores", "pos_scores"), ("negative_scores", "neg_scores")
 PASSAGE_ID = ("id", "_id", "passage_id", "docid")
 log = logging.getLogger(__name__)
@@ -54,12 +60,24 @@ def read_retrieval_rows(path: str | Path) -> RetrievalRows:
     """The rows of a JSONL file, plain, gzip or zstd.
 
     Passages without any text are left out, and rows whose query is empty or that have no positive left; all counted,
-    logged and returned. ValueError names file and line: not JSON, a field that is missing, there under two names or of
-    a wrong kind, scores that are not one a passage; and a file with no row left.
+    logged and returned; fields that are not read and look like ones that are, too. Of DPR's two lists of negatives the
+    hard ones come first. ValueError names file and line: not JSON, a field that is missing, there under two names or of
+    a wrong kind, scores that are not one a passage, an id with two texts; and a file with no row left.
     """
-    path, dropped = Path(path), Counter()
-    rows = [row for number, line in read_rows(path)
-            if (row := _row(line, f"{path}:{number}", dropped)) is not None]
+    path, dropped, texts, unread = Path(path), Counter(), {}, Counter()
+    rows = []
+    for number, line in read_rows(path):
+        row, where = _row(line, f"{path}:{number}", dropped), f"{path}:{number}"
+        unread.update(name for name in line if _looks_read(name))
+        for one in () if row is None else (*row.positives, *row.negatives):
+            if texts.setdefault(one.id, one.text) != one.text:
+                raise ValueError(f"{where}: the id {one.id!r} stands for {one.text!r:.60} here and for "
+                                 f"{texts[one.id]!r:.60} before; give every passage of the file an id of its own, or "
+                                 "leave the ids out")
+        rows += [] if row is None else [row]
+    if unread:
+        log.warning("%s: fields that are not read: %s", path,
+                    ", ".join(f"{name} ({count} rows)" for name, count in unread.items()))
     if not rows:
         raise ValueError(f"{path}: no row left ({_counted(dropped)})")
     if dropped:
@@ -71,8 +89,8 @@ def _row(line: Mapping[str, Any], where: str, dropped: Counter[str]) -> Retrieva
     query = field(line, _named(line, QUERY, where, required=True), str, where)
     kept = {}
     for side, names, score_names in (("positive", POSITIVE, POSITIVE_SCORES), ("negative", NEGATIVE, NEGATIVE_SCORES)):
-        name = _named(line, names, where, required=side == "positive")
-        passages = _passages(line[name], f"{where}: field {name!r}") if name else []
+        found = _lists(line, names, where, required=side == "positive")
+        passages = [one for name in found for one in _passages(line[name], f"{where}: field {name!r}")]
         scores = _scores(line, score_names, len(passages), where)
         chosen = [i for i, passage in enumerate(passages) if passage.text.strip()]
         if len(chosen) < len(passages):
@@ -88,6 +106,24 @@ def _row(line: Mapping[str, Any], where: str, dropped: Counter[str]) -> Retrieva
         dropped["rows without a positive"] += 1
         return None
     return RetrievalRow(query, positives, negatives, positive_scores, negative_scores)
+
+
+def _lists(line: Mapping[str, Any], names: Sequence[str], where: str, required: bool) -> list[str]:
+    """Under which names passages are there: one, or those that belong together."""
+    numbered = sorted(filter(NUMBERED.fullmatch, line), key=lambda name: int(name.split("_")[1]))
+    if names is NEGATIVE and (numbered or all(name in line for name in BOTH)):
+        found = numbered or list(BOTH)
+        if more := [name for name in names if name in line and name not in found]:
+            raise ValueError(f"{where}: fields {found[0]!r} and {more[0]!r} mean the same; give one of them")
+        return found
+    name = _named(line, names, where, required)
+    return [name] if name else []
+
+
+def _looks_read(name: str) -> bool:
+    """Whether a field is nearly one of those that are read."""
+    known = (*QUERY, *POSITIVE, *NEGATIVE, *POSITIVE_SCORES, *NEGATIVE_SCORES)
+    return name not in known and not NUMBERED.fullmatch(name) and bool(get_close_matches(name, known, cutoff=0.88))
 
 
 def _named(line: Mapping[str, Any], names: Sequence[str], where: str, required: bool = False) -> str | None:

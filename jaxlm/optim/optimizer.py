@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
@@ -23,6 +23,7 @@ class OptimConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.033
+    decay: Literal["kernels", "all"] = "kernels"  # what decays: kernels and the output head, or every parameter
     clip_norm: float = 1.0      # global norm of the gradient; 0 turns clipping off
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
@@ -41,7 +42,7 @@ def decay_mask(params: Any) -> Any:
 
 
 def make_optimizer(config: OptimConfig, num_updates: int) -> optax.GradientTransformation:
-    """clip -> Adam moments -> decoupled weight decay on masked leaves -> learning rate.
+    """clip -> Adam moments -> decoupled weight decay of the leaves that decay -> learning rate.
 
     Loshchilov and Hutter, "Decoupled Weight Decay Regularization", as in `torch.optim.AdamW`.
     """
@@ -51,5 +52,5 @@ def make_optimizer(config: OptimConfig, num_updates: int) -> optax.GradientTrans
     return optax.chain(
         clip,
         optax.adamw(schedule, config.beta1, config.beta2, config.eps,
-                    weight_decay=config.weight_decay, mask=decay_mask),
+                    weight_decay=config.weight_decay, mask=decay_mask if config.decay == "kernels" else None),
     )

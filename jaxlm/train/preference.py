@@ -125,8 +125,10 @@ def make_preference_step(
       adapters: only they are learnt; `tx` is then `part_optimizer(tx, is_adapter)`.
     """
     learnt = lambda path: not path.startswith(f"{REFERENCE}/") and (is_adapter(path) or not adapters)
+    sides = lambda batch: (batch.first, batch.second)[:2 if METHODS[config.method].paired else 1]
     inner = make_step(make_preference_loss(model, config, chunks=chunks), tx, schedule, mesh=mesh, rules=rules,
-                      accumulate=accumulate, seed=seed, trainable=learnt)
+                      accumulate=accumulate, seed=seed, trainable=learnt,
+                      tokens=lambda batch: sum(jnp.sum(side.loss_mask) for side in sides(batch)))
     anchored = make_anchor(model, chunks=chunks, micro=accumulate)
 
     def step(state: TrainState, reference: Any, batch: PreferenceBatch) -> tuple[TrainState, Metrics]:
@@ -134,8 +136,6 @@ def make_preference_step(
         if not METHODS[config.method].paired:
             batch = anchored(params, batch)
         state, metrics = inner(state._replace(params=params), batch)
-        sides = (batch.first, batch.second)[:2 if METHODS[config.method].paired else 1]
-        metrics["tokens"] = sum(jnp.sum(side.loss_mask) for side in sides)  # for the speed; the loss is of rows
         return state._replace(params=policy_part(state.params)), metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -33,6 +33,7 @@ def make_step(
     accumulate: int = 1,
     seed: int = 0,
     trainable: Trainable | None = None,
+    tokens: Callable[[Any], jax.Array] | None = None,
 ) -> Step:
     """A jitted `state, batch -> state, metrics`; the state is donated.
 
@@ -43,6 +44,7 @@ def make_step(
     Args:
       accumulate: micro-batches per step; must divide the rows of each device.
       trainable: what is learnt; the rest gets no gradient. None: all. `tx` is then `part_optimizer(tx, trainable)`.
+      tokens: of a batch, for the speed. None: the weight of the loss.
     """
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         moving, still = state.params, None
@@ -68,7 +70,7 @@ def make_step(
         metrics |= {
             "grad_norm": norm,
             "lr": jnp.asarray(schedule(update_count(state.opt_state)), jnp.float32),
-            "tokens": found["loss"].weight,
+            "tokens": found["loss"].weight if tokens is None else tokens(batch),
             "skipped": 1 - finite.astype(jnp.float32),
         }
         state = new._replace(step=state.step + 1)
