@@ -7,7 +7,7 @@ import pytest
 
 from jaxlm.merge import sparsify
 from jaxlm.merge.spec import MergeConfig
-from jaxlm.merge.tensors import merge_tensor
+from jaxlm.merge.tensors import Layout, merge_tensor, merge_trees
 
 
 def test_kth_largest_equals_a_sort():
@@ -25,6 +25,27 @@ def test_worked_examples_of_the_docstrings():
     np.testing.assert_array_equal(sparsify.magnitude(d, 0.4), [1, 0, 0, 0, 1])
     np.testing.assert_array_equal(sparsify.breadcrumbs(d, 0.4, gamma=0.2), [1, 0, 1, 0, 0])
     assert sparsify.share(100, 0.29) == 29
+
+
+def test_exactly_the_share_stays_and_of_equal_ones_the_first():
+    """bfloat16 weights that a small update moved: few different magnitudes, many equal to the last that stays."""
+    rng = np.random.default_rng(0)
+    base = (0.02 * rng.standard_normal(9001)).astype(jnp.bfloat16)
+    tuned = (base.astype(np.float32) + 1e-4 * rng.standard_normal(9001)).astype(jnp.bfloat16)
+    find = jax.jit(sparsify.largest)
+    for values in (np.abs(tuned.astype(np.float32) - base.astype(np.float32)), np.ones(7, np.float32), np.zeros(1)):
+        order = np.argsort(-values, kind="stable")
+        for k in {0, 1, len(values) // 5, len(values)}:
+            np.testing.assert_array_equal(np.flatnonzero(find(values, k)), np.sort(order[:k]))
+    base, tuned = base[:9000].reshape(90, 100), tuned[:9000].reshape(90, 100)
+    for method in ("ties", "breadcrumbs"):
+        merged = merge_tensor("x", base, [tuned], MergeConfig(method=method, density=0.05))
+        assert np.sum(np.asarray(merged) != base) == 450, method
+    # In memory, where a leaf may lie otherwise, and as stored.
+    leaf, layout = {"k": tuned.T[None]}, Layout(("x",), True, lambda x: x.T, lambda x: x.T)
+    tree = merge_trees({"k": base.T[None]}, [leaf], MergeConfig(method="ties", density=0.05), layouts={"k": layout})
+    stored = merge_tensor("x", base, [tuned], MergeConfig(method="ties", density=0.05))
+    np.testing.assert_array_equal(tree["k"][0].T, stored)
 
 
 def test_both_counts_of_kth_largest_agree():

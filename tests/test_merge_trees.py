@@ -175,6 +175,7 @@ def test_a_configuration_survives_json():
     ({"method": "della", "density": 0.9}, "lower epsilon"),
     ({"method": "karcher", "iterations": 0}, "positive"),
     ({"method": "ties", "scale": float("nan")}, "finite"),
+    ({"weights": (float("inf"), 1.0)}, "merge.weights must be finite, got inf"),
 ])
 def test_wrong_settings_are_explained(settings, message):
     with pytest.raises(ValueError) as error:

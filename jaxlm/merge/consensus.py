@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.core.masked import safe_divide
-from jaxlm.merge.sparsify import SPARSIFIERS, Rescale, kth_largest, share
+from jaxlm.merge.sparsify import SPARSIFIERS, Rescale, largest, share
 from jaxlm.merge.vectors import affine, check, remainder
 
 
@@ -87,7 +87,7 @@ def sce(base: jax.Array, stacked: jax.Array, weights: jax.Array, *, density: jax
     mean = sum(deltas) / len(deltas)
     variance = sum((d - mean) ** 2 for d in deltas) / len(deltas)
     k = share(jnp.sum(variance > 0, dtype=jnp.int32), density)
-    selected = (density >= 1) | ((variance >= kth_largest(variance, jnp.maximum(k, 1))) & (k > 0))
+    selected = (density >= 1) | largest(variance, k)
     deltas = [jnp.where(selected, d, 0) for d in deltas]
     own = [jnp.mean(d * d) for d in deltas]
     agree = [jnp.sign(d) == _majority(deltas) for d in deltas]

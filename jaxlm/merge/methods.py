@@ -22,6 +22,7 @@ class Method(NamedTuple):
     models: tuple[int, int | None] = (1, None)          # fewest and most, the base not counted
     weighted: bool = True                               # False: weights have no effect
     random: bool = False                                # takes `key`
+    ordered: bool = False                               # the order of coordinates as stored decides: masks, equal ones
     elects: bool = False                                # `normalize` divides by the weights that agree, not by all
 
 
@@ -35,14 +36,14 @@ METHODS: dict[str, Method] = {
     "linear": Method(vectors.linear, {"normalize": True}, base="none"),
     "task_arithmetic": Method(vectors.task_arithmetic, SUM),
     "model_stock": Method(vectors.model_stock, {"row_wise": False}, models=(2, None), weighted=False),
-    "ties": Method(consensus.ties, {"density": 1.0, **MEAN}, elects=True),
-    "dare_linear": Method(consensus.dare_linear, {**DARE, **SUM}, random=True),
-    "dare_ties": Method(consensus.dare_ties, {**DARE, **SUM}, random=True, elects=True),
-    "della": Method(consensus.della, {**DELLA, **MEAN}, random=True, elects=True),
-    "della_linear": Method(consensus.della_linear, {**DELLA, **SUM}, random=True),
-    "breadcrumbs": Method(consensus.breadcrumbs, {**CRUMBS, **SUM}),
-    "breadcrumbs_ties": Method(consensus.breadcrumbs_ties, {**CRUMBS, **SUM}, elects=True),
-    "sce": Method(consensus.sce, {"density": 1.0}, weighted=False),
+    "ties": Method(consensus.ties, {"density": 1.0, **MEAN}, ordered=True, elects=True),
+    "dare_linear": Method(consensus.dare_linear, {**DARE, **SUM}, random=True, ordered=True),
+    "dare_ties": Method(consensus.dare_ties, {**DARE, **SUM}, random=True, ordered=True, elects=True),
+    "della": Method(consensus.della, {**DELLA, **MEAN}, random=True, ordered=True, elects=True),
+    "della_linear": Method(consensus.della_linear, {**DELLA, **SUM}, random=True, ordered=True),
+    "breadcrumbs": Method(consensus.breadcrumbs, {**CRUMBS, **SUM}, ordered=True),
+    "breadcrumbs_ties": Method(consensus.breadcrumbs_ties, {**CRUMBS, **SUM}, ordered=True, elects=True),
+    "sce": Method(consensus.sce, {"density": 1.0}, weighted=False, ordered=True),
     "ram": Method(consensus.ram, {"threshold": 1e-5}, weighted=False),
     "ram_plus": Method(consensus.ram_plus, {"threshold": 1e-5, "bonus": 0.1, "bonus_limit": 0.2}, weighted=False),
     "slerp": Method(interpolate.slerp, {"t": 0.5}, base="none", models=(2, 2), weighted=False),

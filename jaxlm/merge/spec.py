@@ -81,6 +81,8 @@ class MergeConfig:
             raise ValueError(f"merge.seed has no effect with method {self.method}, which draws no numbers")
         if self.iterations is not None and self.iterations < 1:
             raise ValueError(f"merge.iterations must be positive, got {self.iterations}")
+        for weight in self.weights:
+            check_number("weights", weight, "merge.weights")
         for name in NUMBERS:
             check_number(name, getattr(self, name), f"merge.{name}")
         for rule in self.rules:

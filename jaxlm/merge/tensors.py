@@ -21,8 +21,8 @@ POSITION = re.compile(r"position|wpe|token_type|norm", re.IGNORECASE)
 class Layout(NamedTuple):
     """Which tensors of a checkpoint a leaf holds: what is one tensor to a method, and what its name and axes are.
 
-    Random masks follow names and axes as stored, `row_wise` and DELLA the last axis as stored: with the layouts of a
-    checkpoint a merged tree equals the merged checkpoint.
+    Random masks follow names and axes as stored, `row_wise` and DELLA the last axis as stored, and of equal magnitudes
+    those stay that are stored first: with the layouts of a checkpoint a merged tree equals the merged checkpoint.
     """
 
     names: tuple[str, ...]
@@ -99,7 +99,7 @@ def merge_leaf(
         return jnp.asarray(leaves[0], dtype)
     if layered:
         store, load = jax.vmap(store), jax.vmap(load)
-    ordered = method.random or dict(switches(config)).get("row_wise", False)  # else no axis has a meaning
+    ordered = method.ordered or dict(switches(config)).get("row_wise", False)  # else no axis has a meaning
     if ordered:
         base, leaves = None if base is None else store(base), [store(leaf) for leaf in leaves]
     keys = [derive(config.seed or 0, name) for name in layout.names] if method.random else None
