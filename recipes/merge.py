@@ -10,13 +10,18 @@ join under the names that the folders beside them use. The merged folder has the
 first model, and a card (README.md) that says what it is made of; it appears whole or not at all.
 
 `--search.steps 4` evaluates every combination of weights that are multiples of 1/4 and sum to 1 (with
-`--search.scales 0.5 1` each at these scales of the task vector) in bits per byte of `--search.held-out`, and writes the
-best; for decoders that fit into memory with their candidates. Minutes on a laptop CPU for 1 GB; with several devices
-each merges a part of every tensor. Left out: layers of different models in one (passthrough).
+`--search.scales 0.5 1` each at these scales of the task vector) and writes the best: decoders by bits per byte of the
+texts `--search.held-out`, retrievers by `--search.measure` on the BEIR folders `--search.data`. `--search.kind losses`
+weighs each model by its loss on the texts instead (LM-Cocktail). Each candidate is written to disk, then removed.
+
+Run folders and GGUF files are exported beside the target first, whole and in float32; of a retriever's run its export
+is taken. Minutes on a laptop CPU for 1 GB; with several devices each merges a part of every tensor. Left out: layers of
+different models in one (passthrough).
 """
 
 import json
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -28,28 +33,33 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+import tokenizers
 
 from jaxlm.core import config as flags
 from jaxlm.core.command import run_command
 from jaxlm.core.mesh import MeshConfig, make_mesh
-from jaxlm.data.pipeline import eval_batches
-from jaxlm.data.sources import open_source, parse_source
-from jaxlm.eval.likelihood import bits_per_byte
-from jaxlm.merge.search import SearchConfig, candidates
+from jaxlm.data.tokenizer import JSON_FILE, Tokenizer
+from jaxlm.eval.merge_measures import Measure, retrieval_measure, text_loss, text_measure
+from jaxlm.merge.methods import METHODS
+from jaxlm.merge.search import SearchConfig, candidates, check_search, from_losses
 from jaxlm.merge.spec import MergeConfig, check_models
 from jaxlm.merge.stream import merge_stream
 from jaxlm.merge.tensors import check_same
-from jaxlm.model.decoder import build
-from jaxlm.model.hf import tree_from_hf
-from jaxlm.model.hf_config import read_config
-from jaxlm.model.safetensors_io import COMPANIONS, Stored, new_folder, open_checkpoint, write_checkpoint, write_json
+from jaxlm.model.safetensors_io import (
+    COMPANIONS,
+    Stored,
+    check_new_folder,
+    new_folder,
+    open_checkpoint,
+    write_checkpoint,
+    write_json,
+)
 from jaxlm.train.pretrained import export_pretrained, load_pretrained, open_pretrained
-from jaxlm.train.run import make_loss
 
 PROG = "recipes.merge"
 CARD = "README.md"
 SETTINGS = "merge.json"
+EXPORTED = "exported"  # of a retriever's run
 FORMATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "I64": np.int64,
            "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
 BOOKKEEPING = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
@@ -67,12 +77,14 @@ class Config:
     search: SearchConfig = field(default_factory=SearchConfig)
     architecture: Literal["llama", "mistral", "qwen2", "qwen3", "gemma", "kormo"] = "llama"  # names for run folders
     max_shard_gb: float = 1.0           # size of a written file at most
+    other_tokens: bool = False          # merge models whose tokenizers give tokens other ids
     overwrite: bool = False             # replace an earlier merge in `target`
 
     def __post_init__(self) -> None:
-        if len(set(self.models)) < len(self.models):
+        places = [os.path.realpath(one) for one in self.models]
+        if len(set(places)) < len(places):
             raise ValueError("--models names a checkpoint twice; give it a larger weight instead")
-        if self.base in self.models:
+        if self.base and os.path.realpath(self.base) in places:
             raise ValueError(f"--base {self.base} is one of --models as well; its task vector is zero, so leave it out")
         if not self.max_shard_gb > 0:
             raise ValueError(f"--max-shard-gb must be positive, got {self.max_shard_gb}")
@@ -89,18 +101,18 @@ class Checkpoint(NamedTuple):
 @contextmanager
 def open_all(config: Config) -> Iterator[dict[str, Checkpoint]]:
     """Every model, and the base last, by the name it was given; what is no Hugging Face folder becomes one first."""
-    named = [*config.models, *([config.base] if config.base else [])]
-    folders = [name for name in named if (Path(name) / "config.json").is_file()
-               and not (Path(name) / "checkpoints").is_dir()]
-    parent = config.target.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        scratch, opened = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=parent))), {}
-        for i, name in enumerate(named):
+        opened = {}
+        for name in (*config.models, *([config.base] if config.base else [])):
             folder = Path(name)
-            if name not in folders:
-                folder = scratch / str(i)
-                export_pretrained(load_pretrained(name), folder, architecture=config.architecture)
+            if (folder / EXPORTED / "config.json").is_file():
+                folder = folder / EXPORTED
+                log.info("%s is a retriever's run: its export is merged", name)
+            elif (folder / "checkpoints").is_dir() or not (folder / "config.json").is_file():
+                model = load_pretrained(name)
+                folder = stack.enter_context(scratch_folder(config.target))
+                export_pretrained(model, folder / "model", architecture=config.architecture)
+                folder = folder / "model"
             tensors, read = stack.enter_context(open_checkpoint(folder))
             opened[name] = Checkpoint(folder, {key: abstract(key, tensor, name) for key, tensor in tensors.items()},
                                       read)
@@ -115,61 +127,111 @@ def abstract(name: str, tensor: Stored, where: str) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tensor.shape, FORMATS[tensor.dtype])
 
 
+@contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """A folder beside the target, on its disk, that vanishes."""
+    parent = target.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{target.name}.tmp-", suffix=f"-{os.getpid()}") as folder:
+        yield Path(folder)
+
+
 def merge(config: Config) -> None:
     """Compares all headers, then reads, merges and writes tensor by tensor."""
     if not config.models:
         raise ValueError("--models needs the checkpoints to merge")
     check_models(config.merge, len(config.models), bool(config.base))
+    check_new_folder(config.target, overwrite=config.overwrite)
+    measure = open_measure(config)
     with open_all(config) as opened:
         checkpoints = list(opened.values())
         named = {name: checkpoint.tensors for name, checkpoint in opened.items()}
         check_same(named, config.merge)
+        check_tokens(opened, config.other_tokens)
         warn_of_configs(opened)
-        if config.search.steps:
-            config = replace(config, merge=search(config, checkpoints))
-        names = sorted(checkpoints[0].tensors)
-        merged = stream(config, checkpoints, names, make_mesh(MeshConfig()) if len(jax.devices()) > 1 else None)
+        if measure is not None:
+            config = replace(config, merge=search(config, checkpoints, measure))
         with new_folder(config.target, overwrite=config.overwrite) as scratch:
-            write_checkpoint(scratch, {name: written(checkpoints[0].tensors[name], config.merge) for name in names},
-                             merged, max_shard_bytes=int(config.max_shard_gb * 1e9))
-            copy_companions(checkpoints[0].folder, scratch, config.merge.dtype)
+            write(config, checkpoints, scratch)
             flags.save_config(config, scratch / SETTINGS)
             (scratch / CARD).write_text(card(config), encoding="utf-8")
-    log.info("%d tensors of %d models written to %s", len(names), len(config.models), config.target)
+    log.info("%d tensors of %d models written to %s", len(checkpoints[0].tensors), len(config.models), config.target)
 
 
-def stream(config: Config, checkpoints: Sequence[Checkpoint], names: Sequence[str], mesh: Mesh | None = None
-           ) -> Iterator[tuple[str, np.ndarray]]:
-    """The merged tensors; the base is the last checkpoint."""
-    return merge_stream(names, lambda model, name: checkpoints[model].read(name), config.merge,
-                        num_models=len(config.models), has_base=bool(config.base), labels=config.models,
-                        mesh=mesh)
+def write(config: Config, checkpoints: Sequence[Checkpoint], folder: Path) -> None:
+    """The merged model, with what lies beside the weights of the first; the base is the last checkpoint."""
+    names = sorted(checkpoints[0].tensors)
+    merged = merge_stream(names, lambda model, name: checkpoints[model].read(name), config.merge,
+                          num_models=len(config.models), has_base=bool(config.base), labels=config.models,
+                          mesh=make_mesh(MeshConfig()) if len(jax.devices()) > 1 else None)
+    write_checkpoint(folder, {name: written(checkpoints[0].tensors[name], config.merge) for name in names}, merged,
+                     max_shard_bytes=int(config.max_shard_gb * 1e9))
+    copy_companions(checkpoints[0].folder, folder, config.merge.dtype)
 
 
-def search(config: Config, checkpoints: Sequence[Checkpoint]) -> MergeConfig:
-    """The candidate with the fewest bits per byte of the held-out text; each is measured and shown."""
-    tried = candidates(config.merge, config.search, len(config.models))
-    folder = checkpoints[0].folder
-    opened, (architecture, shape) = open_pretrained(folder), read_config(folder)
-    if opened.tokenizer is None:
-        raise ValueError(f"a search measures text, and {folder} has no tokenizer")
-    documents = [source[i] for source in map(open_source, map(parse_source, config.search.held_out))
-                 for i in range(len(source))]
-    batches, num_bytes = eval_batches(documents, opened.tokenizer, batch_size=config.search.batch_size,
-                                      seq_len=config.search.seq_len)
-    mesh, loss = make_mesh(MeshConfig(data=1), jax.devices()[:1]), make_loss(build(shape))
-    nll = jax.jit(lambda params, batch: loss(params, batch, None)[1]["loss"])
-    found = []
-    with jax.set_mesh(mesh):
-        for one in tried:
-            tensors = dict(stream(replace(config, merge=one), checkpoints, list(checkpoints[0].tensors)))
-            params = jax.tree.map(jnp.asarray, tree_from_hf(shape, architecture, tensors.__getitem__))
-            found.append(bits_per_byte(nll, params, batches, num_bytes, mesh))
-            log.info("weights %s%s: %.4f bits per byte", " ".join(f"{weight:.3g}" for weight in one.weights),
-                     "" if one.scale is None else f", scale {one.scale:g}", found[-1])
-    best = int(np.argmin(found))
-    log.info("best of %d candidates: weights %s", len(tried), " ".join(f"{one:.3g}" for one in tried[best].weights))
+def open_measure(config: Config) -> Measure | Callable[[Path], float] | None:
+    """What a search goes by, opened before any work: a measure of candidates, or the loss of each model."""
+    how = config.search
+    if not how.asked:
+        return None
+    check_search(config.merge)
+    if how.data:
+        return retrieval_measure(how.data, how.measure)
+    make = text_loss if how.kind == "losses" else text_measure
+    return make(tokenizer_of(config.models[0]), how.held_out, batch_size=how.batch_size, seq_len=how.seq_len)
+
+
+def tokenizer_of(model: str) -> Tokenizer:
+    """That of a decoder. ValueError for one without."""
+    tokenizer = open_pretrained(model).tokenizer
+    if tokenizer is None:
+        raise ValueError(f"a search measures text, and {model} has no tokenizer")
+    return tokenizer
+
+
+def search(config: Config, checkpoints: Sequence[Checkpoint], measure: Measure | Callable[[Path], float]
+           ) -> MergeConfig:
+    """The best candidate, each measured and shown; or the weights that the losses of the models give."""
+    if not isinstance(measure, Measure):
+        losses = [measure(checkpoint.folder) for checkpoint in checkpoints[:len(config.models)]]
+        found = from_losses(config.merge, losses, config.search.temperature)
+        log.info("losses in nats a token: %s; weights %s", " ".join(f"{loss:.4f}" for loss in losses), told(found))
+        return found
+    tried, values = candidates(config.merge, config.search, len(config.models)), []
+    for one in tried:
+        with scratch_folder(config.target) as folder:
+            write(replace(config, merge=one), checkpoints, folder)
+            values.append(measure.of(folder))
+        log.info("weights %s: %s %.4f", told(one), measure.name, values[-1])
+    best = measure.best(values)
+    log.info("best of %d candidates: weights %s", len(tried), told(tried[best]))
     return tried[best]
+
+
+def told(config: MergeConfig) -> str:
+    """Weights and scale, for the log."""
+    return (" ".join(f"{weight:.3g}" for weight in config.weights)
+            + ("" if config.scale is None else f", scale {config.scale:g}"))
+
+
+def check_tokens(opened: dict[str, Checkpoint], allowed: bool) -> None:
+    """ValueError for tokens that have another id in another model: their embeddings would be mixed."""
+    vocabularies = {name: vocabulary(checkpoint.folder / JSON_FILE) for name, checkpoint in opened.items()
+                    if (checkpoint.folder / JSON_FILE).is_file()}
+    first, *others = vocabularies or [None]
+    for name in others:
+        own, other = vocabularies[first], vocabularies[name]
+        if differing := sorted(token for token in own.keys() | other.keys() if own.get(token) != other.get(token)):
+            said = (f"{len(differing)} tokens have other ids in the tokenizer of {name} than in that of {first}, "
+                    f"{', '.join(map(repr, differing[:3]))} among them")
+            if not allowed:
+                raise ValueError(f"{said}: their embeddings would be mixed; --other-tokens merges all the same")
+            log.warning("%s", said)
+
+
+def vocabulary(path: Path) -> dict[str, int]:
+    """Token to id."""
+    return tokenizers.Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
 
 
 def written(tensor: jax.ShapeDtypeStruct, config: MergeConfig) -> tuple[tuple[int, ...], np.dtype]:
@@ -206,12 +268,16 @@ def copy_companions(source: Path, target: Path, dtype: str | None) -> None:
 
 def card(config: Config) -> str:
     """What the merged model is made of, in Markdown."""
-    weights = config.merge.weights or (f"1/{len(config.models)}",) * len(config.models)
-    rows = "\n".join(f"| {name} | {weight} |" for name, weight in zip(config.models, weights, strict=True))
-    base = f"The base is {config.base}." if config.base else ""
+    method, count = METHODS[config.merge.method], len(config.models)
+    weights = [f" {weight} |" for weight in config.merge.weights or (f"1/{count}",) * count]
+    rows = "\n".join(f"| {name} |{weight if method.weighted else ''}"
+                     for name, weight in zip(config.models, weights, strict=True))
+    head = "| model | weight |\n| --- | --- |" if method.weighted else "| model |\n| --- |"
+    notes = " ".join([*([f"The base is {config.base}."] if config.base else []),
+                      *(["Rules give some tensors other values, see below."] if config.merge.rules else [])])
     settings = json.dumps(flags.to_json(config.merge), indent=2)
     return (f"---\ntags:\n- merge\n- jaxlm\n---\n\n# {config.target.name}\n\nMerged by `recipes.merge` of jaxlm with "
-            f"the method {config.merge.method}. {base}\n\n| model | weight |\n| --- | --- |\n{rows}\n\n"
+            f"the method {config.merge.method}. {notes}\n\n{head}\n{rows}\n\n"
             f"```json\n{settings}\n```\n")
 
 

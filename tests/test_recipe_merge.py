@@ -1,6 +1,11 @@
 """The recipe of merging: folders of any architecture, mixed sources, a search, a card, and errors before any work."""
 
 import json
+import os
+import re
+import shutil
+import signal
+import time
 
 import jax
 import numpy as np
@@ -10,10 +15,17 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from jaxlm.core import config as flags
+from jaxlm.core.mesh import MeshConfig, make_mesh
+from jaxlm.data.beir import read_beir
+from jaxlm.eval.ranking import evaluate_run, means
 from jaxlm.merge.search import SearchConfig, candidates
 from jaxlm.merge.spec import MergeConfig
-from jaxlm.train.pretrained import load_pretrained
+from jaxlm.retrieval.rank import rank_towers
+from jaxlm.retrieval.towers import find_towers, load_towers
+from jaxlm.train.pretrained import export_pretrained, load_pretrained
 from recipes import merge
+from tests.test_retrieval_recipes import data as beir  # noqa: F401  a fixture
+from tests.test_retrieval_recipes import model as encoder  # noqa: F401
 from tests.tiny_chat import tiny_folder
 
 
@@ -90,6 +102,48 @@ def test_a_search_finds_the_model_that_wrote_the_text(models, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, read(tmp_path / "m"), read(a))
 
 
+def test_retrievers_are_searched_by_a_measure_and_a_run_gives_its_export(encoder, beir, tmp_path, capsys):  # noqa: F811
+    """Of a model and its noise the measured best is written; the model is given as the run that trained it."""
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    shutil.copytree(encoder, tmp_path / "run" / "exported")
+    noise = shutil.copytree(encoder, tmp_path / "noise")
+    rng = np.random.default_rng(0)
+    save_file({name: rng.standard_normal(array.shape).astype(array.dtype) for name, array in read(encoder).items()},
+              noise / "model.safetensors", metadata={"format": "pt"})
+    merge.main(["--models", str(tmp_path / "run"), str(noise), "--search.steps", "2", "--search.data",
+                f"{beir}?split=dev", "--search.measure", "mrr@10", "--target", str(tmp_path / "m")])
+    values = {tuple(map(float, one[1].split())): float(one[2])
+              for one in re.finditer(r"weights (.*): mrr@10 (\S+)", capsys.readouterr().err)}
+    assert set(values) == {(1, 0), (0.5, 0.5), (0, 1)} and len(set(values.values())) > 1
+    chosen = flags.load_config(merge.Config, tmp_path / "m" / "merge.json").merge.weights
+    assert values[chosen] == max(values.values())
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        [run] = rank_towers(load_towers(find_towers(tmp_path / "m"), mesh), read_beir(beir, "dev")).values()
+    found = means(evaluate_run(run, read_beir(beir, "dev").qrels, ("mrr@10",)))["mrr@10"]
+    assert found == pytest.approx(values[chosen], abs=5e-5)
+
+
+def test_weights_from_the_losses_of_the_models(models, tmp_path, capsys):
+    """A model of zeros finds all tokens equally likely: its loss is log V."""
+    _, a, b = models
+    zeros = tiny_folder(tmp_path / "zeros")
+    save_file({name: 0 * array for name, array in read(b).items()}, zeros / "model.safetensors",
+              metadata={"format": "pt"})
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "one two three"}) + "\n")
+    merge.main(["--models", str(zeros), str(a), "--search.kind", "losses", "--search.temperature", "0.5",
+                "--search.held-out", str(tmp_path / "text.jsonl"), "--search.seq-len", "16", "--target",
+                str(tmp_path / "m")])
+    losses = np.array([float(x) for x in re.search(r"nats a token: (\S+) (\S+);", capsys.readouterr().err).groups()])
+    assert losses[0] == pytest.approx(np.log(264), abs=1e-4)
+    expected = np.exp(-losses / 0.5) / np.exp(-losses / 0.5).sum()
+    weights = flags.load_config(merge.Config, tmp_path / "m" / "merge.json").merge.weights
+    np.testing.assert_allclose(weights, expected, atol=1e-3)
+    assert abs(weights[0] - 0.5) > 0.01
+    for name, array in read(tmp_path / "m").items():
+        np.testing.assert_allclose(array, weights[1] * read(a)[name] / sum(weights), atol=1e-6)
+
+
 def test_candidates_are_the_simplex_grid():
     search = SearchConfig(steps=2, held_out=("x",))
     found = [one.weights for one in candidates(MergeConfig(), search, 3)]
@@ -100,6 +154,11 @@ def test_candidates_are_the_simplex_grid():
         candidates(MergeConfig(), search, 2)
     with pytest.raises(ValueError, match="reads no weights"):
         candidates(MergeConfig(method="slerp"), SearchConfig(steps=1, held_out=("x",)), 2)
+    for wrong, message in (({"steps": 1}, "needs search.steps and"), ({"kind": "losses", "data": ("x",)}, "held_out;"),
+                           ({"steps": 1, "held_out": ("x",), "data": ("y",)}, "not by both"),
+                           ({"steps": 1, "held_out": ("x",), "measure": "mrr@10"}, "with search.data only")):
+        with pytest.raises(ValueError, match=message):
+            SearchConfig(**wrong)
     with pytest.raises(ValueError, match="more than 512"):
         candidates(MergeConfig(), SearchConfig(steps=40, held_out=("x",)), 4)
 
@@ -110,13 +169,21 @@ def test_errors_name_what_is_wrong_and_leave_nothing(models, tmp_path, capsys):
     tensors = read(a)
     embedding = "model.embed_tokens.weight"
     save_file(tensors | {embedding: tensors[embedding][:-1]}, other / "model.safetensors", metadata={"format": "pt"})
+    renamed = tiny_folder(tmp_path / "renamed")
+    text = (renamed / "tokenizer.json").read_text()
+    (renamed / "tokenizer.json").write_text(text.replace("<pad>", "<fill>"))
+    full = tiny_folder(tmp_path / "full")
     cut = tiny_folder(tmp_path / "cut")
     (cut / "model.safetensors").write_bytes((a / "model.safetensors").read_bytes()[:-10])
     target = ["--target", str(tmp_path / "m")]
     for arguments, message in (
         ([], "--models needs"),
-        (["--models", str(a), str(a)], "twice"),
-        (["--models", str(a), str(b), "--base", str(a)], "--base"),
+        (["--models", str(a), f"{a}/"], "twice"),
+        (["--models", str(a), str(b), "--base", f"{a}/../{a.name}"], "--base"),
+        (["--models", str(a), str(b), "--target", str(full)], "is not empty"),
+        (["--models", str(a), str(renamed)], "2 tokens have other ids in the tokenizer of"),
+        (["--models", str(a), str(b), "--search.steps", "1", "--search.data", "x", "--search.measure", "ndgc@10"],
+         "ndgc"),
         (["--models", str(a), str(b), "--merge.method", "ties"], "base model, and none is given"),
         (["--models", str(a), str(b), "--merge.method", "tiess"], "tiess"),
         (["--models", str(a), str(other)], "different vocabulary sizes"),
@@ -125,7 +192,37 @@ def test_errors_name_what_is_wrong_and_leave_nothing(models, tmp_path, capsys):
         (["--models", str(a), str(b), "--merge.density", "0.5"], "has no effect with method linear"),
     ):
         with pytest.raises(SystemExit) as end:
-            merge.main([*arguments, *target])
+            merge.main([*target, *arguments])
         assert end.value.code == 2 and message in capsys.readouterr().err, message
         assert not (tmp_path / "m").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith((".m", "tmp"))]
+    merge.main(["--models", str(a), str(renamed), "--other-tokens", *target])
+
+
+def test_sigterm_leaves_nothing_behind(models, tmp_path, monkeypatch):
+    """In the middle of writing; a process that was killed harder is named by the next one."""
+    _, a, b = models
+    (tmp_path / ".m.tmp-999999999").mkdir()
+
+    def killed(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    monkeypatch.setattr(merge, "write_checkpoint", killed)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        merge.main(["--models", str(a), str(b), "--target", str(tmp_path / "m")])
+    assert end.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
+    assert [path.name for path in tmp_path.iterdir()] == [".m.tmp-999999999"]
+
+
+def test_what_a_killed_process_left_is_named_and_the_card_has_no_weights_that_nobody_read(models, tmp_path, capsys):
+    _, a, _ = models
+    (tmp_path / ".m.tmp-999999999").mkdir()
+    saved = load_pretrained(a)
+    export_pretrained(saved, tmp_path / "again", architecture="llama")
+    merge.main(["--models", str(a), str(tmp_path / "again"), "--merge.method", "slerp", "--target",
+                str(tmp_path / "m")])
+    jax.tree.map(np.testing.assert_array_equal, read(tmp_path / "m"), read(a))
+    assert ".m.tmp-999999999 was left by a process that is gone" in capsys.readouterr().err
+    assert "| weight |" not in (tmp_path / "m" / "README.md").read_text()

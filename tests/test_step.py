@@ -98,7 +98,8 @@ def test_metrics_name_rate_and_tokens():
     _, history = train(mesh_of(1), steps=1)
     assert history[0]["lr"] == pytest.approx(1e-2)
     assert history[0]["tokens"] == batch(0)["mask"].sum()
-    _, history = train(mesh_of(1), accumulate=2, steps=1, tokens=lambda batch: batch["x"].shape[0] + batch["mask"].sum())
+    counted = lambda batch: batch["x"].shape[0] + batch["mask"].sum()
+    _, history = train(mesh_of(1), accumulate=2, steps=1, tokens=counted)
     assert history[0]["tokens"] == 32 + batch(0)["mask"].sum()
 
 

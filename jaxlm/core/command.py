@@ -1,12 +1,15 @@
 """A recipe as a program, with its logging, flags and errors; and recipes that run others, each in its own process."""
 
+import contextlib
 import json
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,16 +27,35 @@ def run_command(
 ) -> None:
     """`work` with the configuration that a command line asks for (`config.parse`).
 
-    ValueError and OSError end the process as `config.fail` says, with status 2; an interrupt with 130, as shells do.
+    ValueError and OSError end the process as `config.fail` says, with status 2; an interrupt with 130 and SIGTERM with
+    143, as shells do, and after both no scratch files are left.
     """
     setup_logging()
     config = flags.parse(presets, argv, prog=prog, description=description)
     try:
-        work(config)
+        with _unwinding():
+            work(config)
     except (ValueError, OSError) as error:
         flags.fail(error, prog)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+@contextlib.contextmanager
+def _unwinding() -> Iterator[None]:
+    """SIGTERM leaves every `with` block in order, instead of ending the process where it stands."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(signum: int, frame: object) -> None:
+        raise SystemExit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_recipe(recipe: str, result: Path | None, *arguments: object) -> None:

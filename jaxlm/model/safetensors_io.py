@@ -1,6 +1,7 @@
 """Folders of safetensors files: one file or numbered shards with an index, read lazily, written whole or not at all."""
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -27,6 +28,7 @@ COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
 # What an export may contain; a folder that holds anything else is never replaced.
 EXPORTED = (SINGLE, INDEX, "model-*-of-*.safetensors", "config.json", "merge.json", "README.md", *COMPANIONS,
             "1_Pooling", "2_Normalize", "1_SpladePooling")
+log = logging.getLogger(__name__)
 
 
 class Stored(NamedTuple):
@@ -53,7 +55,7 @@ def open_checkpoint(folder: Path) -> Iterator[tuple[dict[str, Stored], Callable[
             names = set(handle.keys())
             if expected is not None and names != expected:
                 raise ValueError(f"{path} and {INDEX} disagree about {', '.join(sorted(names ^ expected)[:5])}")
-            for name in names:
+            for name in sorted(names):
                 part = handle.get_slice(name)
                 handles[name], tensors[name] = handle, Stored(tuple(part.get_shape()), part.get_dtype())
         yield tensors, lambda name: handles[name].get_tensor(name)
@@ -143,14 +145,8 @@ def write_json(values: object, path: Path) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-@contextmanager
-def new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A scratch folder that becomes `folder` when the block succeeds, and vanishes when it fails.
-
-    The scratch folder is a sibling, so that the last step is a rename. With `overwrite` an earlier export is moved
-    aside first and comes back if that rename fails; a process killed in between leaves it as `.NAME.old-PID`.
-    """
-    folder = folder.absolute()
+def check_new_folder(folder: Path, *, overwrite: bool) -> None:
+    """ValueError where `new_folder` would write over what is there: files of others, or without `overwrite` any."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ValueError(f"{folder} is a file or a link, not a folder")
     present = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
@@ -159,6 +155,31 @@ def new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     foreign = [name for name in present if not any(Path(name).match(pattern) for pattern in EXPORTED)]
     if foreign:
         raise ValueError(f"{folder} holds files that no export writes, so it is not replaced: {', '.join(foreign[:5])}")
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+@contextmanager
+def new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A scratch folder that becomes `folder` when the block succeeds, and vanishes when it fails.
+
+    The scratch folder is a sibling, so that the last step is a rename. With `overwrite` an earlier export is moved
+    aside first and comes back if that rename fails; a process killed in between leaves it as `.NAME.old-PID`. The
+    scratch folder of a process that was killed is named in a warning. ValueError: see `check_new_folder`.
+    """
+    folder = folder.absolute()
+    check_new_folder(folder, overwrite=overwrite)
+    for left in folder.parent.glob(f".{folder.name}.tmp-*") if folder.parent.is_dir() else ():
+        if left.name.rpartition("-")[2].isdigit() and not _alive(int(left.name.rpartition("-")[2])):
+            log.warning("%s was left by a process that is gone: delete it", left)
     scratch, aside = (folder.with_name(f".{folder.name}.{word}-{os.getpid()}") for word in ("tmp", "old"))
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
