@@ -3,17 +3,27 @@
     python -m recipes.tsm --init all-MiniLM-L6-v2                             generated lives, no download
     python -m recipes.tsm --init contriever --pooling mean --data timeqa_human --steps 300 --seeds 1 2 3 \
       --temporal nobel_prize_temporal --plain "boolq?split=dev" --folder runs/timeqa
+    python -m recipes.tsm --init contriever --pooling mean --rows before=dev_before.jsonl.gz after=dev_after.jsonl.gz \
+      in_early=dev_in_early.jsonl.gz in_late=dev_in_late.jsonl.gz --folder runs/rows
 
 Facts that held for a time are asked for with each of the seven specifiers (in, from-to, before, ...); negatives are
 mined with the base; a specialist learns each specifier; their mean is the merged model. Beside it: one model that
 learns all specifiers in as many steps as all specialists together (joint), and the line from base to merged. All are
-measured on temporal questions, by specifier, on questions without a time, and on further BEIR folders. `--data` is a
-folder of BEIR whose questions read "... from X to Y ..." with the fields link and relation; pages are split, never
-questions. `--documents` and `--questions` make every test set smaller, which makes it easier too.
+measured on temporal questions, by specifier, on questions without a time, and on further BEIR folders.
+
+- Without a flag, the facts are those of generated lives.
+- `--data` is a folder of BEIR whose questions read "... from X to Y ..." with the fields link and relation; pages are
+  split, never questions.
+- `--rows` gives files of rows for some specifiers, with the negatives to learn from; nothing is mined, and the corpus
+  is the passages of all rows. Rows do not name their page: questions are kept together that share a positive or their
+  text, over all files, so no positive of a test question is one of a training question, but a page may be in both.
+
+`--documents` makes every test set smaller, and `--questions` the further ones; both make them easier too.
 
 Every stage is a command of another recipe, printed as it is run, and a stage whose result is there is not run again: an
-interrupted run goes on. `results/summary.md` and `results/gains.png` are the outcome, over all seeds. Left out: the
-authors' training files, which are not public, and choosing checkpoints by dev accuracy (the last one counts).
+interrupted run goes on. `config.json` says how the folder was made; there other seeds may be added, and nothing else
+changed. `results/summary.md` and `results/gains.png` are the outcome, over all seeds. Left out: the authors' training
+files, which are not public, and choosing checkpoints by dev accuracy (the last one counts).
 """
 
 import json
@@ -23,11 +33,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jaxlm.core.command import run_command, run_recipe, run_training_recipe
+from jaxlm.core.config import differences, load_config, save_config
 from jaxlm.core.files import replacing
-from jaxlm.data.beir import BeirSet, read_beir, split_of
+from jaxlm.data.beir import read_beir, split_of
 from jaxlm.data.beir_files import shorten, write_beir
-from jaxlm.data.time_lines import make_time_lines
-from jaxlm.data.time_questions import Question, question_qrels, read_timed_facts, split_pages, with_specifiers
+from jaxlm.data.retrieval_rows import RetrievalRow, read_retrieval_rows
+from jaxlm.data.specifier_rows import rows_by_specifier, specifier_files, write_rows
+from jaxlm.data.time_material import (
+    Material,
+    joined,
+    material_of_lives,
+    material_of_pages,
+    material_of_rows,
+    question_set,
+)
 from jaxlm.data.time_specifiers import SPECIFIERS
 from jaxlm.eval.gain_report import Results, gain_figure, paired_lines, table
 from jaxlm.eval.ranking import evaluate_run, read_run
@@ -37,7 +56,6 @@ from jaxlm.retrieval.folder import load_text_encoder, save_text_encoder
 
 PROG = "recipes.tsm"
 MEASURES = ("ndcg@5", "ndcg@20", "mrr@10", "recall@5", "recall@20")
-SHARES = {"train": 0.7, "test": 0.3}
 log = logging.getLogger(PROG)
 
 
@@ -47,7 +65,8 @@ class Config:
 
     init: str = ""                    # the base: a folder of sentence-transformers or transformers
     pooling: Pooling | None = None    # of a folder without modules.json
-    data: str = ""                    # a BEIR folder of timed questions; empty: generated lives
+    data: str = ""                    # a BEIR folder of timed questions
+    rows: tuple[str, ...] = ()        # SPECIFIER=FILE: rows to train on; neither these nor data: generated lives
     entities: int = 200               # generated lives
     temporal: tuple[str, ...] = ()    # further BEIR folders whose questions have times, only to measure on
     plain: tuple[str, ...] = ()       # such folders whose questions have none
@@ -55,7 +74,7 @@ class Config:
     questions: int | None = None      # of every further test set; None: all
     steps: int = 60                   # of each specialist
     batch_size: int = 16              # questions of a step
-    negatives: int = 5                # of each question
+    negatives: int = 5                # of each question; of more that its row gives, other ones each epoch
     lr: float = 2e-5
     temperature: float = 0.05         # of the contrastive loss; the paper's raw products have 1
     similarity: Similarity = "cosine"  # of the contrastive loss
@@ -69,7 +88,15 @@ class Config:
             raise ValueError("--steps, --batch-size and --negatives must be at least 1")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"--seeds needs different numbers, and one at least; got {self.seeds}")
-        names = [Path(split_of(spec, "test")[0]).name for spec in (*self.temporal, *self.plain)]
+        if self.data and self.rows:
+            raise ValueError("--data and --rows both say what is learnt; give one of them")
+        if (self.data or self.rows) and self.entities != Config.entities:
+            raise ValueError("--entities counts generated lives, of which there are none with --data or --rows")
+        if self.rows and len(specifier_files(self.rows)) < 2:
+            raise ValueError("--rows needs the files of two specifiers at least, or there is nothing to merge")
+        if self.questions is not None and not (self.temporal or self.plain):
+            raise ValueError("--questions is about further test sets; name one by --temporal or --plain, or drop it")
+        names = self.further()
         if taken := [name for i, name in enumerate(names) if name in (*names[:i], "temporal", "plain", "train")]:
             raise ValueError(f"--temporal and --plain: two sets would be called {taken[0]!r}; rename a folder")
 
@@ -77,31 +104,78 @@ class Config:
         """The folder of the first seed; a configuration of one seed is one run."""
         return self.folder / f"seed_{self.seeds[0]}"
 
+    def specifiers(self) -> tuple[str, ...]:
+        """Those that are learnt, a specialist each."""
+        return tuple(specifier_files(self.rows) if self.rows else SPECIFIERS)
 
-def questions_of(config: Config) -> tuple[dict[str, str], dict[str, dict[str, list[Question]]], list[Question]]:
-    """Corpus; split to specifier to questions; questions without a time (of generated lives only)."""
-    if not config.data:
-        lines = make_time_lines(config.entities, config.seeds[0])
-        asked = {split: with_specifiers(lines.facts[split], config.seeds[0]) for split in SHARES}
-        return lines.corpus, asked, lines.plain["test"]
-    data = read_beir(config.data, "train")
-    facts = read_timed_facts(data)
+    def further(self) -> list[str]:
+        """The names of the further test sets."""
+        return [Path(split_of(spec, "test")[0]).name for spec in (*self.temporal, *self.plain)]
+
+
+def check_folder(config: Config) -> None:
+    """ValueError if the folder holds stages that were made with other settings than these; changes nothing."""
+    kept, begun = config.folder / "config.json", sorted(config.folder.glob("seed_*"))
+    if not kept.exists():
+        if begun:
+            raise ValueError(f"{config.folder} holds {begun[0].name} but no config.json that says how it was made; "
+                             "delete the folder or name another --folder")
+        return
+    saved = load_config(Config, kept)
+    changed = [line.partition(":") for line in differences(
+        replace(saved, seeds=config.seeds, folder=config.folder), config)]
+    if begun and changed:
+        listed = "; ".join(f"--{name.replace('_', '-')}:{values}" for name, _, values in changed)
+        raise ValueError(f"{config.folder} was made with other settings (there -> asked for): {listed}; name another "
+                         "--folder or delete this one")
+
+
+def material_of(config: Config) -> Material:
+    """From the source that the flags name. ValueError: a specifier without enough questions."""
+    seed = config.seeds[0]
+    if config.rows:
+        found = material_of_rows(specifier_files(config.rows), seed)
+    else:
+        found = material_of_pages(config.data, seed) if config.data else material_of_lives(config.entities, seed)
     if config.documents is not None:
-        data = shorten(data, documents=config.documents)  # the same for all seeds
-    asked = {split: with_specifiers(part, config.seeds[0])
-             for split, part in split_pages(facts, SHARES, config.seeds[0]).items()}
-    return data.corpus, asked, []
+        found = found._replace(everything=shorten(found.everything, documents=config.documents))
+    if config.rows:
+        found = found._replace(rows=whole(config, found.rows))
+    check_enough(config, found.asked["train"])
+    if none := [name for name in config.specifiers() if not found.asked["test"][name]]:
+        raise ValueError(f"no question with {none[0]} is among those held out to measure on; give more data")
+    return found
 
 
-def as_set(corpus: Mapping[str, str], questions: Sequence[Question]) -> BeirSet:
-    """Questions to measure on; their field `specifier` is their group."""
-    return BeirSet(dict(corpus), {one.id: one.text for one in questions}, {}, question_qrels(questions),
-                   {one.id: {"specifier": one.group} for one in questions}, 0)
+def check_enough(config: Config, found: Mapping[str, Sequence[object]]) -> None:
+    """ValueError if a specifier has fewer training questions than a batch holds."""
+    counts = {name: len(found.get(name, ())) for name in config.specifiers()}
+    if short := [f"{name} has {count}" for name, count in counts.items() if count < config.batch_size]:
+        raise ValueError(f"a batch of {config.batch_size} needs as many training questions with {config.negatives} "
+                         f"negatives, but {', '.join(short)}; lower --batch-size or --negatives, or give more data")
 
 
-def prepare(config: Config) -> dict[str, Path]:
-    """The base as an export, the test sets and the rows of every specifier; returns the test sets by name."""
+def whole(config: Config, rows: Mapping[str, Sequence[RetrievalRow]]) -> dict[str, list[RetrievalRow]]:
+    """The rows with enough negatives; others are left out, and counted. ValueError if too few are left."""
+    kept = {name: [row for row in part if len(row.negatives) >= config.negatives] for name, part in rows.items()}
+    for name, part in rows.items():
+        if len(kept[name]) < len(part):
+            log.warning("%s: %d of %d questions have fewer than %d negatives and are left out", name,
+                        len(part) - len(kept[name]), len(part), config.negatives)
+    check_enough(config, kept)
+    return kept
+
+
+def make_data(config: Config) -> None:
+    """The base as an export, the test sets, the training questions; all is read before the first of them is written."""
     folder, base = config.own(), config.own() / "base"
+    material = material_of(config)
+    corpus = material.everything.corpus
+    sets = {"temporal": question_set(corpus, joined(material.asked["test"]))}
+    if material.plain:
+        sets["plain"] = question_set(corpus, material.plain)
+    for name, spec in zip(config.further(), (*config.temporal, *config.plain), strict=True):
+        sets[name] = shorten(read_beir(*split_of(spec, "test")), documents=config.documents, queries=config.questions)
     if not base.exists():
         encoder, params = load_text_encoder(config.init, pooling=config.pooling)
         # All models read as much of a text, or the measures would compare lengths.
@@ -109,36 +183,27 @@ def prepare(config: Config) -> dict[str, Path]:
         kind = json.loads((Path(config.init) / "config.json").read_text(encoding="utf-8"))["model_type"]
         folder.mkdir(parents=True, exist_ok=True)
         save_text_encoder(base, encoder, params, architecture=kind)
-    corpus, asked, plain = questions_of(config)
-    everything = {split: [one for part in asked[split].values() for one in part] for split in SHARES}
-    sets = {"temporal": as_set(corpus, everything["test"])} | ({"plain": as_set(corpus, plain)} if plain else {})
-    for spec in (*config.temporal, *config.plain):
-        path, split = split_of(spec, "test")
-        sets[Path(path).name] = shorten(read_beir(path, split), documents=config.documents, queries=config.questions)
     for name, data in sets.items():
         write_beir(folder / "data" / name, data, "test")
-    write_beir(folder / "data/train", as_set(corpus, everything["train"]), "train")
-    mined = folder / "data/mined.jsonl"
-    run_recipe("mine", mined, "--model", base, "--data", folder / "data/train", "--output", mined,
-               "--mine.num-negatives", config.negatives)
-    write_rows(config, mined, everything["train"])
-    return {name: folder / "data" / name for name in sets}
+    for name, part in material.rows.items():
+        write_rows(rows_of(config, name), part)
+    write_beir(folder / "data/train", question_set(corpus, joined(material.asked["train"])), "train")
 
 
-def write_rows(config: Config, mined: Path, questions: Sequence[Question]) -> None:
-    """The mined questions of every specifier, a file each; those with too few negatives are left out, and counted."""
-    groups: dict[str, set[str]] = {}
-    for one in questions:
-        groups.setdefault(one.text, set()).add(one.group)
-    lines = mined.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [line for line in lines if len(json.loads(line)["negatives"]) == config.negatives]
-    if len(whole) < len(lines):
-        log.warning("%d of %d questions have fewer than %d negatives and are left out", len(lines) - len(whole),
-                    len(lines), config.negatives)
-    for name in SPECIFIERS:
-        with replacing(rows_of(config, name)) as scratch:
-            scratch.write_text("".join(line for line in whole if name in groups[json.loads(line)["query"]]),
-                               encoding="utf-8")
+def prepare(config: Config) -> dict[str, Path]:
+    """Base, test sets and the rows of every specifier, each unless it is there; returns the test sets by name."""
+    data = config.own() / "data"
+    if not (data / "train/qrels/train.tsv").exists():  # what is written last
+        make_data(config)
+    if not all(rows_of(config, name).exists() for name in config.specifiers()):
+        mined = data / "mined.jsonl"
+        run_recipe("mine", mined, "--model", config.own() / "base", "--data", data / "train", "--output", mined,
+                   "--mine.num-negatives", config.negatives)
+        asked = rows_by_specifier(read_retrieval_rows(mined).rows, read_beir(data / "train", "train"))
+        for name, part in whole(config, asked).items():
+            write_rows(rows_of(config, name), part)
+    generated = not (config.data or config.rows)
+    return {name: data / name for name in ("temporal", *(["plain"] if generated else []), *config.further())}
 
 
 def rows_of(config: Config, specifier: str) -> Path:
@@ -159,10 +224,9 @@ def train(config: Config, name: str, files: Sequence[Path], steps: int) -> Path:
 
 def make_models(config: Config) -> dict[str, Path]:
     """Base, joint, specialists, merged, and the points between base and merged."""
-    base, files = config.own() / "base", [rows_of(config, name) for name in SPECIFIERS]
-    specialists = {name: train(config, name, [path], config.steps)
-                   for name, path in zip(SPECIFIERS, files, strict=True)}
-    joint = train(config, "joint", files, config.steps * len(SPECIFIERS))
+    base, files = config.own() / "base", {name: rows_of(config, name) for name in config.specifiers()}
+    specialists = {name: train(config, name, [path], config.steps) for name, path in files.items()}
+    joint = train(config, "joint", list(files.values()), config.steps * len(files))
     merged = config.own() / "models/merged"
     run_recipe("merge", merged, "--models", *specialists.values(), "--target", merged)
     line = {}
@@ -214,6 +278,9 @@ def reproduce(config: Config) -> None:
     if not config.init:
         raise ValueError("--init names the base: a folder of sentence-transformers, or with --pooling one of "
                          "transformers")
+    check_folder(config)
+    config.folder.mkdir(parents=True, exist_ok=True)
+    save_config(config, config.folder / "config.json")  # of the last start, which the results are of
     found = []
     for seed in config.seeds:
         one = replace(config, seeds=(seed,))

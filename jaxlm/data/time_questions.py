@@ -5,14 +5,23 @@ import logging
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from jaxlm.data.beir import BeirSet
 from jaxlm.data.retrieval_rows import Passage, RetrievalRow
 from jaxlm.data.time_specifiers import SPECIFIERS, Interval, Role, generate, role_of, split_question
 
 log = logging.getLogger(__name__)
-T = TypeVar("T", bound="TimedFact")
+
+
+class OfPage(Protocol):
+    """What is about a page."""
+
+    @property
+    def page(self) -> str: ...
+
+
+T = TypeVar("T", bound=OfPage)
 
 
 class TimedFact(NamedTuple):
@@ -78,7 +87,7 @@ def with_specifiers(facts: Iterable[TimedFact], seed: int = 0) -> dict[str, list
 
 
 def split_pages(facts: Iterable[T], shares: Mapping[str, float], seed: int = 0) -> dict[str, list[T]]:
-    """Facts by split; all of a page are in one, which its name and the seed decide.
+    """Facts or other things of a page by split; all of a page are in one, which its name and the seed decide.
 
     Args:
       shares: split to its part of the pages, 1 in sum, as `{"train": 0.8, "dev": 0.2}`.
