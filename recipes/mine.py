@@ -8,10 +8,11 @@
 The data are a folder of BEIR, whose corpus is searched, or a JSONL file of rows, where all passages of all rows are the
 corpus. Candidates come from `--model`, from BM25 (`jaxlm[rl]`), or from both in turn (`--source mixed`). A model, where
 one is named, scores them all, those of BM25 too; BM25 alone filters by its own scores. The model may be a SparseEncoder
-(SPLADE), with `--representation late` one whose tokens are compared (MaxSim), and two towers as
-`recipes.train_retriever` exports them. Filters: ranks, scores, margins
-below the positive (NV-Retriever's 95 %: `--mine.relative-margin 0.05`; they need a model), copies of a positive,
-passages with an answer (`--answers`); what each left out is counted. `recipes.train_retriever` reads the result.
+(SPLADE), with `--vectors late` one whose tokens are compared (MaxSim), and two towers as `recipes.train_retriever`
+exports them. Prompts before the texts are what the folder says, or `--query-prompt` and `--passage-prompt`. `--cache`
+keeps the dense vectors of the corpus for the next time. Filters: ranks, scores, margins below the positive
+(NV-Retriever's 95 %: `--mine.relative-margin 0.05`; they need a model), copies of a positive, passages with an answer
+(`--answers`); what each left out is counted. `recipes.train_retriever` reads the result.
 Minutes for 10,000 passages with a model, seconds with BM25.
 """
 
@@ -51,15 +52,17 @@ class Config:
 
     model: str = ""                   # a folder of sentence-transformers or transformers
     query_model: str = ""             # another one that encodes the queries, of two towers
-    representation: Vectors | None = None  # None: as the folder says, which none says of late vectors
+    vectors: Vectors | None = None    # of the model; None: as the folder says, which none says of late ones
     source: Literal["dense", "bm25", "mixed"] = "dense"  # who finds the candidates: the model, BM25, both in turn
     data: str = ""                    # a BEIR folder, `folder?split=train`, or a JSONL file of rows
     answers: str = ""                 # a field of the queries (or rows) with strings that no negative may contain
     output: Path = Path("mined.jsonl")
     mine: MineConfig = field(default_factory=MineConfig)
     depth: int = 100                  # ranks that are looked at
-    vectors: Path | None = None       # a folder that keeps the dense vectors of the corpus
+    cache: Path | None = None         # a folder that keeps the dense vectors of the corpus
     pooling: Pooling | None = None    # of a folder without modules.json
+    query_prompt: str | None = None   # before every query, "query: " for E5; None: as the folder says
+    passage_prompt: str | None = None
     batch_tokens: int = 8192
     index: IndexConfig = field(default_factory=IndexConfig)
     overwrite: bool = False           # replace `output`
@@ -72,8 +75,8 @@ class Config:
             raise ValueError("--index has no effect with --source bm25")
         if self.source != "bm25" or self.model:
             return
-        for name in ("query_model", "representation", "vectors", "pooling"):
-            if getattr(self, name):
+        for name in ("query_model", "vectors", "cache", "pooling", "query_prompt", "passage_prompt"):
+            if getattr(self, name) != getattr(Config, name):
                 raise ValueError(f"--{name.replace('_', '-')} has no effect with --source bm25 and no --model")
         for name in ("absolute_margin", "relative_margin"):
             if getattr(self.mine, name) is not None:
@@ -140,8 +143,9 @@ def model_hits(config: Config, queries: Sequence[str], texts: Sequence[str], by_
                positives: Sequence[Sequence[int]]) -> tuple[Hits, list[list[float]]]:
     """The candidates of the source as the model scores them, and the scores of the positives."""
     mesh, searches = make_mesh(config.mesh), config.source != "bm25"
-    towers = find_towers(config.model, config.query_model, vectors=config.representation, pooling=config.pooling)
-    searcher = open_searcher(towers, mesh, texts, index=config.index if searches else None, folder=config.vectors,
+    towers = find_towers(config.model, config.query_model, vectors=config.vectors, pooling=config.pooling,
+                         query_prompt=config.query_prompt, passage_prompt=config.passage_prompt)
+    searcher = open_searcher(towers, mesh, texts, index=config.index if searches else None, folder=config.cache,
                              batch_tokens=config.batch_tokens)
     with jax.set_mesh(mesh):
         asked = searcher.encode(queries)

@@ -1,16 +1,17 @@
 """Ask a corpus from the shell.
 
-    python -m recipes.search --model all-MiniLM-L6-v2 --corpus corpus.jsonl --vectors vectors --query "who wrote Emma"
-    python -m recipes.search --model runs/retriever/exported --corpus scifact --vectors vectors     # asks until the end
-    python -m recipes.search --model passages --query-model queries --corpus big.jsonl --vectors vectors \\
+    python -m recipes.search --model all-MiniLM-L6-v2 --corpus corpus.jsonl --cache vectors --query "who wrote Emma"
+    python -m recipes.search --model runs/retriever/exported --corpus scifact --cache vectors       # asks until the end
+    python -m recipes.search --model passages --query-model queries --corpus big.jsonl --cache vectors \\
       --index.kind faiss_hnsw --index.file big.index
 
-The model may be a SparseEncoder (SPLADE), with `--representation late` one whose tokens are compared (MaxSim), and two
-towers as `recipes.train_retriever` exports them. The corpus is a JSONL file of `{"_id", "title"?, "text"}`, plain or
-compressed, or a folder of BEIR. `--vectors` keeps its dense vectors: an interrupted run goes on, the next one only
-reads them (memory-mapped), and vectors of another model or corpus are refused. Search is exact, or with `--index.kind`
-that of FAISS (`jaxlm[faiss]`), whose index `--index.file` keeps; sparse and late vectors are searched exactly, from
-memory. About a minute for 10,000 passages with MiniLM on a laptop CPU the first time.
+The model may be a SparseEncoder (SPLADE), with `--vectors late` one whose tokens are compared (MaxSim), and two towers
+as `recipes.train_retriever` exports them. Prompts before the texts are what the folder says, or `--query-prompt` and
+`--passage-prompt`. The corpus is a JSONL file of `{"_id", "title"?, "text"}`, plain or compressed, or a folder of BEIR.
+`--cache` keeps its dense vectors: an interrupted run goes on, the next one only reads them (memory-mapped), and vectors
+of another model, prompt or corpus are refused. Search is exact, or with `--index.kind` that of FAISS (`jaxlm[faiss]`),
+whose index `--index.file` keeps; sparse and late vectors are searched exactly, from memory. About a minute for 10,000
+passages with MiniLM on a laptop CPU the first time.
 """
 
 import sys
@@ -39,13 +40,15 @@ class Config:
 
     model: str = ""                   # a folder of sentence-transformers or transformers
     query_model: str = ""             # another one that encodes the queries, of two towers
-    representation: Vectors | None = None  # None: as the folder says, which none says of late vectors
+    vectors: Vectors | None = None    # of the model; None: as the folder says, which none says of late ones
     corpus: Path = Path("corpus.jsonl")
-    vectors: Path | None = None       # a folder for the dense vectors of the corpus
+    cache: Path | None = None         # a folder that keeps the dense vectors of the corpus
     query: tuple[str, ...] = ()       # none: asked for on the terminal, a line each
     k: int = 5                        # passages of each query
     chars: int = 300                  # of a passage that are shown
     pooling: Pooling | None = None    # of a folder without modules.json
+    query_prompt: str | None = None   # before every query, "query: " for E5; None: as the folder says
+    passage_prompt: str | None = None
     batch_tokens: int = 8192
     index: IndexConfig = field(default_factory=IndexConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -53,6 +56,8 @@ class Config:
     def __post_init__(self) -> None:
         if min(self.k, self.chars, self.batch_tokens) < 1:
             raise ValueError("--k, --chars and --batch-tokens must be at least 1")
+        if not all(query.strip() for query in self.query):
+            raise ValueError("--query must have text; leave it out to be asked")
 
 
 def questions(config: Config) -> Iterator[str]:
@@ -77,8 +82,9 @@ def ask(config: Config) -> None:
     corpus = read_corpus(config.corpus)
     ids, texts = list(corpus), list(corpus.values())
     mesh = make_mesh(config.mesh)
-    found = find_towers(config.model, config.query_model, vectors=config.representation, pooling=config.pooling)
-    searcher = open_searcher(found, mesh, texts, ids=ids, index=config.index, folder=config.vectors,
+    towers = find_towers(config.model, config.query_model, vectors=config.vectors, pooling=config.pooling,
+                         query_prompt=config.query_prompt, passage_prompt=config.passage_prompt)
+    searcher = open_searcher(towers, mesh, texts, ids=ids, index=config.index, folder=config.cache,
                              batch_tokens=config.batch_tokens)
     with jax.set_mesh(mesh):
         for query in questions(config):

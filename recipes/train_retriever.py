@@ -1,6 +1,7 @@
 """Train a retriever on rows of queries, positives and negatives; any mesh, batches larger than memory.
 
-    python -m recipes.train_retriever --init MODEL --data.train triples.jsonl --data.dev scifact --batch.num-negatives 5
+    python -m recipes.train_retriever --init MODEL --data.train triples.jsonl --data.dev "scifact?split=test" \\
+      --batch.num-negatives 5
     python -m recipes.train_retriever --preset tsm --init contriever --data.train in.jsonl --folder runs/in
     python -m recipes.train_retriever --preset splade --init bert-base-uncased --data.train triples.jsonl
     python -m recipes.train_retriever --config runs/retriever/config.json --resume
@@ -11,6 +12,8 @@ passages that answer it too; `--chunks 8` encodes the batch in 8 parts (GradCach
 rows, so that a batch of mixed lengths is little padding (`data/padding` in the log).
 
 - `--query-init MODEL`: a second tower for queries, with weights of its own.
+- `--query-prompt "query: " --passage-prompt "passage: "`: stand before every text, as E5 wants it; those that are not
+  given are what the folder says. The export keeps them.
 - `--vectors sparse | late`: SPLADE with its FLOPS regulariser (`--sparse`), or a vector for each token and MaxSim.
 - `--loss.kind margin_mse | kl`: learns a teacher's `pos_scores` and `neg_scores`; `--loss.add-contrastive 1` adds both.
 - `--nested.dims 384 128 32`: prefixes of the vectors that serve alone (Matryoshka); dev sets are measured by each.
@@ -31,6 +34,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax.sharding import Mesh
@@ -86,7 +90,7 @@ class DataConfig:
 class Config:
     """One run."""
 
-    # Their flags have no prefix: --init, --query-init, --vectors, --pooling, --max-length.
+    # Their flags have no prefix: --init, --query-init, --vectors, --pooling, --query-prompt, --max-length, ...
     towers: Annotated[TowersConfig, tyro.conf.arg(name="")] = field(default_factory=TowersConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
@@ -124,12 +128,13 @@ _DEFAULT = Config(
 )
 PRESETS = {
     "default": _DEFAULT,
-    # Specification of TSM, 5 and 6: raw dot products, temperature 1, 5 negatives, AdamW on all parameters, no clipping.
+    # Specification of TSM, 5 and 6: raw dot products of vectors of any length, temperature 1, 5 negatives, decay of all
+    # parameters, no clipping. The authors' rate of update t of T is 1 - t / (T + 1) of the peak, here 1 - (t - 1) / T.
     "tsm": replace(
         _DEFAULT, towers=TowersConfig(pooling="mean", max_length=256),
         batch=RetrievalBatchConfig(batch_size=16, num_negatives=5),
         loss=RetrievalLossConfig(similarity="dot", temperature=1.0),
-        optim=OptimConfig(lr=1e-4, beta1=0.9, beta2=0.98, eps=1e-6, weight_decay=0.01, clip_norm=0.0,
+        optim=OptimConfig(lr=1e-4, beta1=0.9, beta2=0.98, eps=1e-6, weight_decay=0.01, decay="all", clip_norm=0.0,
                           schedule=ScheduleConfig(kind="linear", warmup=0.0)),
     ),
     # Formal et al. 2021 (arXiv:2109.10086): products of weights, FLOPS that grow over the first steps.
@@ -183,6 +188,10 @@ def check(config: Config, towers: Towers, mesh: Mesh) -> None:
         raise ValueError(f"--batch.no-drop-last keeps the smaller batch that ends a data set, which need not divide "
                          f"into {groups} parts (devices and chunks); leave it out")
     check_nested(config.nested, towers)
+    units = config.loss.similarity == "cosine" or towers.passage.normalize
+    if config.loss.contrastive and units and towers.vectors == "dense" and config.loss.temperature >= 0.5:
+        log.warning("vectors of length 1 at --loss.temperature %g: scores lie within %.2g of each other, so that the "
+                    "loss hardly falls; 0.01 to 0.1 is customary", config.loss.temperature, 2 / config.loss.temperature)
 
 
 def open_guide(config: GuidedConfig, sources: Sequence[DataSet]) -> Guide | None:
@@ -205,7 +214,8 @@ def learning_of(config: Config, towers: Towers, mesh: Mesh) -> Learning:
         regulariser=config.sparse if towers.vectors == "sparse" else None,
         guide=config.guide if config.guide.model else None)
     schedule = make_schedule(config.optim.schedule, config.optim.lr, config.loop.steps)
-    step = make_step(loss, tx, schedule, mesh=mesh, rules=RULES, seed=config.seed, trainable=trainable)
+    step = make_step(loss, tx, schedule, mesh=mesh, rules=RULES, seed=config.seed, trainable=trainable,
+                     tokens=lambda batch: sum(jnp.sum(batch[kind].segments > 0) for kind in KINDS))
     learning = Learning(init=lambda key: adapt(towers.init(key)), tx=tx, rules=RULES, step=step, trainable=trainable)
     abstract_state(learning.init, tx, mesh, RULES)  # the mesh must divide every parameter
     if config.resume:
@@ -228,6 +238,7 @@ def prepare(config: Config) -> Run:
     shard = data_shard(mesh)
     towers = open_towers(config.towers, config.compute, config.loss.similarity)
     check(config, towers, mesh)
+    log.info("%s: %s", config.towers.init, towers.prompts)
     sources = open_data_sets(config.data.train)
     batches = EncodedBatches(towers, sources, config.batch, teacher=config.loss.teacher,
                              groups=num_groups(config, mesh), loader=shard.index, loaders=shard.count)
@@ -239,8 +250,9 @@ def prepare(config: Config) -> Run:
     first = next(batches)
     batches.set_state(start)
     shapes = jax.eval_shape(learning.init, jax.random.key(0))
-    flops = sum(6 * first[kind].tokens.size * (count_parameters(part) - part["embed"]["embedding"].size)
-                for kind in KINDS for part in [towers.part(shapes, kind)]) / len(first["relevance"])
+    counts = {kind: int(np.sum(first[kind].segments > 0)) for kind in KINDS}
+    flops = sum(6 * counts[kind] * (count_parameters(part) - part["embed"]["embedding"].size)
+                for kind in KINDS for part in [towers.part(shapes, kind)]) / sum(counts.values())
     return Run(
         folder=config.folder, mode=mode_of(resume=config.resume, overwrite=config.overwrite), config=lasting(config),
         files=towers.passage.tokenizer.files(), mesh=mesh, learning=learning, batches=batches,

@@ -58,7 +58,13 @@ def test_a_plain_model_folder_does_not_say_how_to_pool(folder, caplog):
     with pytest.raises(ValueError, match=r"has no modules\.json, .*give pooling, one of mean, cls, last, weighted"):
         load_text_encoder(folder)
     encoder, _ = load_text_encoder(folder, pooling="cls")
-    assert (encoder.pooling, encoder.normalize, encoder.similarity, encoder.query_prompt) == ("cls", False, "dot", "")
+    assert (encoder.pooling, encoder.normalize, encoder.similarity) == ("cls", False, "cosine")
+    assert (encoder.query_prompt, encoder.passage_prompt) == ("e ", "f g ")
+    set_fields(folder / "config_sentence_transformers.json", similarity_fn_name=None)
+    assert load_text_encoder(folder, pooling="cls")[0].similarity == "dot"
+    (folder / "config_sentence_transformers.json").unlink()
+    encoder, _ = load_text_encoder(folder, pooling="cls")
+    assert (encoder.similarity, encoder.query_prompt, encoder.passage_prompt) == ("dot", "", "")
 
 
 def test_newer_and_older_spellings(folder, caplog):
@@ -114,8 +120,10 @@ def test_damaged_and_missing_files(folder):
     with pytest.raises(ValueError, match=r"1_Pooling/config\.json"):
         load_text_encoder(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"config\.json"):
+    with pytest.raises(ValueError, match=r"model holds no config\.json"):
         load_text_encoder(folder)
+    with pytest.raises(ValueError, match="modle: no such folder"):
+        load_text_encoder(folder.with_name("modle"))
 
 
 def test_what_cannot_be_written(tmp_path):

@@ -32,6 +32,9 @@ def models(tmp_path_factory):
                       architecture="bert")
     save_text_encoder(folder / "narrow", encoder_of(pooling="mean", similarity="cosine", dimension=4)[0], params,
                       architecture="bert")
+    prompted, _ = encoder_of(pooling="mean", normalize=True, similarity="cosine", query_prompt="e f ",
+                             passage_prompt="g ")
+    save_text_encoder(folder / "prompted", prompted, params, architecture="bert")
     save_text_encoder(folder / "dot", encoder_of(pooling="mean")[0], params, architecture="bert")
     return folder
 
@@ -160,6 +163,26 @@ def test_two_towers_answer_and_are_measured(models, data, tmp_path, capsys, inde
     assert found["c"] == best
 
 
+def test_prompts_of_the_command_line_are_those_of_a_folder_that_says_them(models, data, tmp_path, capsys):
+    scores = {name: vectors(models / name, ["a", "h g", "c"], "query") @ vectors(models / name, TEXTS, "passage").T
+              for name in ("passages", "prompted")}
+    best = {name: ranked(own[2], "q3") for name, own in scores.items()}
+    assert best["passages"] != best["prompted"]
+    given = ["--model", str(models / "passages"), "--query-prompt", "e f ", "--passage-prompt", "g "]
+    assert mined(tmp_path, data, *given)["c"] == best["prompted"]
+    assert "passages: 'e f ' before every query and 'g ' before every passage" in capsys.readouterr().err
+    search.main([*given, "--corpus", str(data), "--query", "c", "--k", "8"])
+    found = [line.split()[2] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [name for name in found if name != QUERIES["q3"][1]] == best["prompted"]
+    for asked, said, prompts in (("passages", "prompted", given[2:]),
+                                 ("prompted", "passages", ["--query-prompt", "", "--passage-prompt", ""])):
+        evaluate_retrieval.main(["--data", str(data), "--models", str(models / asked), "--output", str(tmp_path / said),
+                                 *prompts])
+        run = read_run(tmp_path / said / f"0_{asked}.trec")
+        for row, query in enumerate(QUERIES):
+            np.testing.assert_allclose([run[query][name] for name in DOCUMENTS], scores[said][row], atol=1e-6)
+
+
 def test_errors_are_one_sentence(models, data, tmp_path, capsys):
     passages = str(models / "passages")
     output = ["--data", str(data), "--output", str(tmp_path / "x.jsonl")]
@@ -169,12 +192,15 @@ def test_errors_are_one_sentence(models, data, tmp_path, capsys):
         (mine, [*output, "--source", "bm25", "--mine.relative-margin", "0.05"], "name a --model that scores them"),
         (mine, [*output, "--source", "bm25", "--query-model", passages], "--query-model has no effect with --source"),
         (mine, [*output, "--source", "bm25", "--index.kind", "faiss_flat"], "--index has no effect with --source bm25"),
+        (mine, [*output, "--source", "bm25", "--query-prompt", ""], "--query-prompt has no effect with --source bm25"),
         (mine, [*output, "--source", "mixed"], "--model names a folder"),
         (mine, [*output, "--source", "bm25", "--answers", "gold"], "field 'gold' must be a text or a list of texts"),
         (search, [*asked, "--query-model", str(models / "narrow")], "the width of its vectors is 4, not 16"),
         (search, [*asked, "--query-model", str(models / "dot")], "the similarity of its vectors is dot, not cosine"),
         (search, [*asked, "--index.probes", "3"], "index.probes has no effect with index.kind exact"),
-        (evaluate_retrieval, [*measured, "bm25", "--query-model", passages], "have no effect on bm25 and run files"),
+        (evaluate_retrieval, [*measured, "bm25", "--query-model", passages], "--query-model has no effect on bm25 and"),
+        (evaluate_retrieval, [*measured, "bm25", "--passage-prompt", ""], "--passage-prompt has no effect on bm25 and"),
+        (evaluate_retrieval, [*measured, passages, "--query-prompt", "a " * 18], "give a shorter prompt"),
         (evaluate_retrieval, [*measured, passages, str(models / "dot"), "--index.kind", "faiss_flat", "--index.file",
                               str(tmp_path / "i")], "keeps the index of one model"),
         (evaluate_retrieval, ["--models", passages], "--data names a BEIR folder or --mteb tasks"),

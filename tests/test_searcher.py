@@ -77,8 +77,8 @@ def reference(made, name):
     return np.array([[sum(max(float(x @ y) for y in d) for x in q) for d in sides[1]] for q in sides[0]])
 
 
-def flags(name, flag):
-    return [f"--{flag}", "late"] if KINDS[name] == "late" else []
+def flags(name):
+    return ["--vectors", "late"] if KINDS[name] == "late" else []
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -86,11 +86,11 @@ def test_every_recipe_has_the_scores_of_numpy(name, made, data, tmp_path, capsys
     scores, model, ids = reference(made, name), str(made[0] / name), list(DOCUMENTS)
     assert len(np.unique(scores.round(4))) == scores.size, "no ties, so that orders are unique"
     evaluate_retrieval.main(["--data", str(data), "--models", model, "--output", str(tmp_path / "out"), "--depth", "5",
-                             "--batch-tokens", "64", *flags(name, "vectors")])
+                             "--measures", "ndcg@5", "--batch-tokens", "64", *flags(name)])
     run = read_run(tmp_path / f"out/0_{name}.trec")
     order = np.argsort(-scores, axis=1)
     capsys.readouterr()
-    search.main(["--model", model, "--corpus", str(data), "--k", "8", *flags(name, "representation"), "--query",
+    search.main(["--model", model, "--corpus", str(data), "--k", "8", *flags(name), "--query",
                  *ASKED.values()])
     printed = [line.split() for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
     for i, query in enumerate(ASKED):
@@ -103,7 +103,7 @@ def test_every_recipe_has_the_scores_of_numpy(name, made, data, tmp_path, capsys
     positives = order[:, 1]
     (data / "qrels" / f"{name}.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(
         f"{query}\t{ids[j]}\t1\n" for query, j in zip(ASKED, positives, strict=True)))
-    rows, model = f"{data}?split={name}", ["--model", model, *flags(name, "representation")]
+    rows, model = f"{data}?split={name}", ["--model", model, *flags(name)]
     margin = 0.05 * float(np.ptp(scores, axis=1).min())
     found = mined(tmp_path, rows, *model, "--mine.absolute-margin", str(margin), "--depth", "8")
     for i, text in enumerate(ASKED.values()):
@@ -188,12 +188,12 @@ def test_faults_are_one_sentence_before_any_weights_are_read(made, data, tmp_pat
         (evaluate_retrieval, [*measured, name("late"), "--query-model", name("late_dot"), "--vectors", "late"],
          "the similarity of its vectors is dot, not cosine"),
         (evaluate_retrieval, [*measured, name("late")], "give pooling"),
-        (evaluate_retrieval, [*measured, name("sparse"), "--index.kind", "faiss_flat"], "leave --index out"),
-        (evaluate_retrieval, [*measured, "bm25", "--vectors", "late"], "have no effect on bm25"),
-        (search, [*asked, name("late"), "--representation", "late"], "the token vectors of 8 passages take"),
-        (search, [*asked, name("sparse"), "--vectors", str(tmp_path / "v")], "leave --vectors out"),
-        (mine, [*rows, name("late"), "--representation", "late"], "the token vectors of 8 passages take"),
-        (mine, [*rows, "", "--source", "bm25", "--representation", "late"], "--representation has no effect"),
+        (evaluate_retrieval, [*measured, name("sparse"), "--index.kind", "faiss_flat"], "ones are searched exactly"),
+        (evaluate_retrieval, [*measured, "bm25", "--vectors", "late"], "--vectors has no effect on bm25"),
+        (search, [*asked, name("late"), "--vectors", "late"], "the token vectors of 8 passages take"),
+        (search, [*asked, name("sparse"), "--cache", str(tmp_path / "v")], "leave --cache out"),
+        (mine, [*rows, name("late"), "--vectors", "late"], "the token vectors of 8 passages take"),
+        (mine, [*rows, "", "--source", "bm25", "--vectors", "late"], "--vectors has no effect"),
     ):
         with pytest.raises(SystemExit) as end:
             recipe.main(arguments)

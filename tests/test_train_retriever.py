@@ -29,7 +29,8 @@ from tests.test_embed import ENCODER, encoder_of, random_params
 from tests.test_retrieval_recipes import DOCUMENTS, QUERIES
 
 TEXTS = ["a b c", "h", "a b c d e f g h a b c d", "c b a"]
-DENSE = ["--lora.rank", "4", "--lora.targets", "attention", "mlp/up", "--nested.dims", "16", "4", "--optim.lr", "2e-2"]
+DENSE = ["--lora.rank", "4", "--lora.targets", "attention", "mlp/up", "--nested.dims", "16", "4", "--optim.lr", "2e-2",
+         "--query-prompt", "e ", "--passage-prompt", "f g "]
 RUNS = {
     "dense": ("dense", True, DENSE),
     "sparse": ("sparse", False, ["--loss.similarity", "dot", "--loss.temperature", "0.3", "--sparse.warmup", "10",
@@ -130,7 +131,7 @@ def test_the_export_gives_the_vectors_of_the_run(name, trained):
         config = TowersConfig(init=str(source), vectors=vectors)
         loaded = open_towers(config, ComputeConfig(), "dot")
         assert loaded.passage.max_length == towers.passage.max_length
-        mine = encoded(loaded, load_params(config, loaded, lambda path, leaf: leaf), "passage")
+        mine = encoded(loaded, load_params(config, loaded, lambda path, leaf: leaf), kind)
         for x, y in zip(jax.tree.leaves(mine), jax.tree.leaves(encoded(towers, params, kind)), strict=True):
             np.testing.assert_allclose(x, y, rtol=0, atol=2e-5 * max(1, np.abs(y).max()))
 
@@ -174,7 +175,9 @@ def test_sentence_transformers_gives_the_same_vectors_and_scores(trained, data):
     library = pytest.importorskip("sentence_transformers", reason="pip install jaxlm[parity]")
     folder, towers, _, params = trained("dense")
     for kind in KINDS:
-        theirs = library.SentenceTransformer(str(folder / "exported" / kind), device="cpu").encode(TEXTS)
+        theirs = library.SentenceTransformer(str(folder / "exported" / kind), device="cpu")
+        assert theirs.prompts == {"query": "e ", "document": "f g "}
+        theirs = theirs.encode(TEXTS, prompt_name={"passage": "document"}.get(kind, kind))
         mine = embed_texts(towers.encoder(kind), towers.part(params, kind), TEXTS, kind)
         np.testing.assert_allclose(theirs, mine, rtol=0, atol=2e-5 * np.abs(mine).max())
     folder, towers, _, params = trained("sparse")

@@ -66,17 +66,22 @@ def open_text_encoder(
     Args:
       pooling: for a model folder without `modules.json`, which does not say it; such vectors have no unit length.
       vectors: what will stand for a text. Sparse ones need the head of masked language modelling. Late ones of a
-        folder that does not say how they are compared are compared by cosine, as in ColBERT, sparse ones by products.
+        folder that does not say how they are compared are compared by cosine, as in ColBERT, sparse ones and those of
+        a folder without modules by products.
 
     Raises ValueError that names every module and setting which would change the vectors and is not computed here
-    (Dense, pooling by maximum, prompts outside the pooling, ...), and for a tokenizer that is no `tokenizer.json`.
+    (Dense, pooling by maximum, prompts outside the pooling, ...), for a folder that is not there or holds no model, and
+    for a tokenizer that is no `tokenizer.json`.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; a model is a folder of sentence-transformers or transformers")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no config.json, so no model of sentence-transformers or transformers")
     mlm_head = REPRESENTATIONS[vectors].mlm_head
     chosen, normalize = _modules(folder, pooling, vectors)
-    # A dense model without modules is raw: its pooling comes from a flag, and so would all else.
-    said = vectors == "late" or (folder / MODULES).exists()
-    settings = _read(folder / SETTINGS, {}) if said else {"similarity_fn_name": "dot"}
+    by_cosine = vectors == "late" or (vectors == "dense" and (folder / MODULES).exists())
+    settings = _settings(folder / SETTINGS, unsaid="cosine" if by_cosine else "dot")
     if architecture_of(folder) in ENCODERS:
         model = build_encoder(read_encoder_config(folder, mlm_head=mlm_head)[1], compute)
     elif mlm_head:
@@ -89,7 +94,7 @@ def open_text_encoder(
     before, after = tokenizer.frame
     return TextEncoder(
         model=model, tokenizer=tokenizer, pooling=chosen, normalize=normalize, before=before, after=after,
-        max_length=_max_length(folder, model.config.max_positions), **_settings(settings, folder / SETTINGS, vectors))
+        max_length=_max_length(folder, model.config.max_positions), **settings)
 
 
 def load_text_encoder(
@@ -259,9 +264,10 @@ def _pooling(path: Path) -> Pooling:
     return ours[0]
 
 
-def _settings(values: Mapping[str, Any], path: Path, vectors: Vectors) -> dict[str, Any]:
-    """The fields of a `TextEncoder` in the file for the whole model."""
-    similarity = values.get("similarity_fn_name") or ("dot" if vectors == "sparse" else "cosine")
+def _settings(path: Path, unsaid: str) -> dict[str, Any]:
+    """The fields of a `TextEncoder` in the file for the whole model, if it is there; and the similarity else."""
+    values = _read(path, {})
+    similarity = values.get("similarity_fn_name") or unsaid
     if similarity not in ("cosine", "dot"):
         raise ValueError(f"{path}: similarity_fn_name={similarity!r} is not supported, only 'cosine' and 'dot'")
     prompts = {name: text or "" for name, text in (values.get("prompts") or {}).items()}

@@ -82,7 +82,7 @@ def _check(towers: Towers, *, texts: Sequence[str], index: IndexConfig | None, f
                          "leave --index out")
     if folder is not None:
         raise ValueError(f"{folder} would keep dense vectors; {towers.vectors} ones are kept in memory only: leave "
-                         "--vectors out")
+                         "--cache out")
     if towers.vectors == "late" and keep:
         needed, there = late_bytes(towers.passage, texts, batch_tokens), memory()
         if needed > there:

@@ -4,6 +4,7 @@
     exported/query, exported/passage      a model each: two towers
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,6 +35,7 @@ from jaxlm.retrieval.folder import (
 from jaxlm.retrieval.representations import REPRESENTATIONS, Representation, Vectors
 
 KINDS: tuple[Kind, ...] = ("query", "passage")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +46,18 @@ class TowersConfig:
     query_init: str = ""             # another one for queries: two towers; the same folder gives two equal ones
     vectors: Vectors = "dense"       # see `jaxlm.retrieval.representations`
     pooling: Pooling | None = None   # of a folder without modules.json
+    query_prompt: str | None = None  # before every query, "query: " for E5; None: what the folder says
+    passage_prompt: str | None = None
     max_length: int | None = None    # tokens of a text; None: what the folder says
 
     def folder(self, kind: Kind) -> str:
         """The model of a tower."""
         return self.query_init if kind == "query" and self.query_init else self.init
+
+    def prompts(self) -> dict[str, str]:
+        """Those that are given, by the fields of a `TextEncoder`."""
+        given = {"query_prompt": self.query_prompt, "passage_prompt": self.passage_prompt}
+        return {name: prompt for name, prompt in given.items() if prompt is not None}
 
 
 class Towers(NamedTuple):
@@ -90,6 +99,12 @@ class Towers(NamedTuple):
         return REPRESENTATIONS[self.vectors]
 
     @property
+    def prompts(self) -> str:
+        """What stands before texts, in words."""
+        said = {"query": self.query.query_prompt, "passage": self.passage.passage_prompt}
+        return " and ".join(f"{text!r} before every {kind}" for kind, text in said.items() if text) or "no prompts"
+
+    @property
     def similarity(self) -> Similarity:
         """How queries and passages are compared."""
         return self.passage.similarity
@@ -101,13 +116,15 @@ def siamese(encoder: TextEncoder, vectors: Vectors = "dense", params: Any = None
 
 
 def find_towers(folder: Path | str, query_folder: Path | str = "", *, vectors: Vectors | None = None,
-                pooling: Pooling | None = None) -> TowersConfig:
+                pooling: Pooling | None = None, query_prompt: str | None = None, passage_prompt: str | None = None
+                ) -> TowersConfig:
     """The configuration of towers that lie in folders, as `save_towers` and others leave them.
 
     Args:
       folder: of one model, or of two with the names query and passage.
       query_folder: of another model that encodes the queries.
       vectors: None: sparse where the folder is a SparseEncoder, else dense; late ones no folder says.
+      query_prompt, passage_prompt: None: what the folders say.
 
     ValueError: half of two towers, a folder that is both, towers of different vectors.
     """
@@ -123,7 +140,8 @@ def find_towers(folder: Path | str, query_folder: Path | str = "", *, vectors: V
     if query_folder and (other := said_vectors(query_folder)) != said and None not in (said, other):
         raise ValueError(f"{query_folder} is made for {other} vectors and {folder} for {said} ones: they cannot be "
                          "compared")
-    return TowersConfig(init=folder, query_init=query_folder, vectors=vectors or said or "dense", pooling=pooling)
+    return TowersConfig(init=folder, query_init=query_folder, vectors=vectors or said or "dense", pooling=pooling,
+                        query_prompt=query_prompt, passage_prompt=passage_prompt)
 
 
 def _is_pair(folder: str) -> bool:
@@ -147,7 +165,8 @@ def open_towers(config: TowersConfig, compute: ComputeConfig | None = None, simi
     Args:
       similarity: by which they compare, whatever their folders say; None: as these say.
 
-    ValueError for encoders that do not fit each other or the representation, and as `open_text_encoder` does.
+    ValueError for encoders that do not fit each other or the representation, for a prompt that leaves no room for a
+    text, and as `open_text_encoder` does.
     """
     if not config.init:
         raise ValueError("--init names the model to start from: a folder of sentence-transformers or transformers")
@@ -156,7 +175,7 @@ def open_towers(config: TowersConfig, compute: ComputeConfig | None = None, simi
         encoder = open_text_encoder(config.folder(kind), pooling=config.pooling, compute=compute,
                                     vectors=config.vectors)
         return replace(encoder, similarity=similarity or encoder.similarity,
-                       max_length=config.max_length or encoder.max_length)
+                       max_length=config.max_length or encoder.max_length, **config.prompts())
 
     passage = one("passage")
     query = one("query") if config.query_init else passage
@@ -168,7 +187,18 @@ def open_towers(config: TowersConfig, compute: ComputeConfig | None = None, simi
         if mine != other:
             raise ValueError(f"{config.query_init} cannot encode queries for {config.init}: the {name} of its vectors "
                              f"is {mine}, not {other}")
+    _check_room(query, "query", query.query_prompt)
+    _check_room(passage, "passage", passage.passage_prompt)
     return Towers(query, passage, shared=not config.query_init, vectors=config.vectors)
+
+
+def _check_room(encoder: TextEncoder, kind: Kind, prompt: str) -> None:
+    """ValueError for a prompt after which nothing of a text is read."""
+    room = encoder.max_length - len(encoder.before) - len(encoder.after)
+    taken = len(encoder.tokenizer.encode(prompt))
+    if taken >= room:
+        raise ValueError(f"the {kind} prompt {prompt!r} has {taken} tokens, and no more than {room} of a text with its "
+                         "prompt are read: give a shorter prompt or a larger max_length")
 
 
 def load_params(config: TowersConfig, towers: Towers, put: Put) -> Any:
@@ -192,6 +222,7 @@ def load_towers(config: TowersConfig, mesh: Mesh, *, check: Callable[[Towers], N
     towers = open_towers(config)
     if check is not None:
         check(towers)
+    log.info("%s: %s", config.init, towers.prompts)
     return towers._replace(params=load_params(config, towers, partial(place_leaf, mesh=mesh, rules=ENCODER_RULES)))
 
 
