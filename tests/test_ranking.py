@@ -8,8 +8,8 @@ import pytest
 import pytrec_eval
 from scipy import stats
 
-from jaxlm.eval.ranking import MEASURES, evaluate_run, group_means, means, ranked, read_run, write_run
-from jaxlm.eval.stats import bootstrap_interval, holm, paired_test
+from jaxlm.eval.ranking import MEASURES, evaluate_run, group_values, means, ranked, read_run, write_run
+from jaxlm.eval.stats import bootstrap_interval, bootstrap_intervals, holm, paired_test
 
 # As trec_eval calls them; its reciprocal rank has no cut-off, so that one is given runs of k documents.
 TREC = {"ndcg": "ndcg_cut_{k}", "map": "map_cut_{k}", "recall": "recall_{k}", "precision": "P_{k}",
@@ -65,15 +65,23 @@ def test_queries_without_results_judgements_or_relevant_documents_are_counted(ca
     np.testing.assert_array_equal(result.values["mrr@10"], [1, 0, 0])
     assert (result.num_unjudged, result.num_missing, result.num_no_relevant) == (2, 1, 1)
     assert "1 of 3 judged queries have no result" in caplog.text
-    assert group_means(result, {"a": "in", "b": "in", "c": "after"}) == {"after": {"mrr@10": 0}, "in": {"mrr@10": 0.5}}
+    parts = group_values(result, {"a": "in", "b": "in", "c": "after"})
+    assert [(name, part["mrr@10"].tolist()) for name, part in parts.items()] == [("after", [0]), ("in", [1, 0])]
     with pytest.raises(ValueError, match="2 judged queries have no group, such as 'a'"):
-        group_means(result, {"c": "after"})
+        group_values(result, {"c": "after"})
 
 
 def test_a_document_with_the_id_of_its_query_is_left_out_on_demand():
-    run, qrels = {"d1": {"d1": 2.0, "d2": 1.0}}, {"d1": {"d1": 1, "d2": 1}}
-    assert means(evaluate_run(run, qrels, ["recall@1"], ignore_identical_ids=True)) == {"recall@1": 1.0}
-    assert means(evaluate_run(run, qrels, ["recall@1"])) == {"recall@1": 0.5}
+    """As BEIR does it: from the run only, so that one that is judged relevant is never found."""
+    run = {"d1": {"d1": 2.0, "d2": 1.0}, "d3": {"d3": 1.0}}
+    qrels = {"d1": {"d1": 1, "d2": 1}, "d3": {"d2": 1}}
+    own = {query: {doc: score for doc, score in scores.items() if doc != query} for query, scores in run.items()}
+    trec = pytrec_eval.RelevanceEvaluator(qrels, {"recall.2", "success.1"}).evaluate(own)
+    result = evaluate_run(run, qrels, ["recall@2", "success@1"], ignore_identical_ids=True)
+    for ours, theirs, values in (("recall@2", "recall_2", [0.5, 0]), ("success@1", "success_1", [1, 0])):
+        assert result.values[ours].tolist() == values and [trec[query][theirs] for query in ("d1", "d3")] == values
+    assert result.num_missing == 1
+    assert means(evaluate_run(run, qrels, ["recall@2", "success@1"])) == {"recall@2": 0.5, "success@1": 0.5}
 
 
 @pytest.mark.parametrize("run, qrels, measures, error", [
@@ -124,6 +132,16 @@ def test_bootstrap_intervals_are_those_of_the_normal_law():
     assert interval == bootstrap_interval(values, resamples=4000)
     assert interval != bootstrap_interval(values, resamples=4000, seed=1)
     assert bootstrap_interval(values, level=0.5, resamples=4000).low > interval.low
+
+
+def test_the_queries_of_bootstrap_intervals_are_drawn_once_for_all_measures():
+    """Against the means of drawn values."""
+    rng = np.random.default_rng(0)
+    measures = [rng.random(50), rng.integers(2, size=50).astype(float)]
+    rows = np.random.default_rng(0).integers(50, size=(300, 50))
+    for interval, values in zip(bootstrap_intervals(measures, resamples=300), measures, strict=True):
+        np.testing.assert_allclose(interval, [values.mean(), *np.quantile(values[rows].mean(axis=1), [0.025, 0.975])])
+        np.testing.assert_allclose(interval, bootstrap_interval(values, resamples=300))
 
 
 def test_paired_test_counts_all_exchanges_of_few_queries():

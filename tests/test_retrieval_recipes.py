@@ -93,7 +93,7 @@ def test_a_resumed_run_is_bit_identical(model, data, trained, tmp_path):
 
 def test_mined_rows_train_a_retriever(model, data, tmp_path):
     mine.main(["--model", str(model), "--data", str(data), "--output", str(tmp_path / "mined.jsonl"), "--depth", "8",
-               "--mine.num-negatives", "2", "--vectors", str(tmp_path / "vectors")])
+               "--mine.num-negatives", "2", "--cache", str(tmp_path / "vectors")])
     rows = read_retrieval_rows(tmp_path / "mined.jsonl").rows
     assert len(rows) == 8 and all(len(row.negatives) == 2 for row in rows)
     assert not any(set(row.positives) & set(row.negatives) for row in rows)
@@ -109,15 +109,107 @@ def test_models_are_measured_by_group_and_compared(model, data, trained, tmp_pat
     printed = capsys.readouterr().out
     assert "| ndcg@3 | mrr@10 |" in printed and "vowel: ndcg@3" in printed and f"{exported} - {model}" in printed
     numbers = json.loads((tmp_path / "out/measures.json").read_text())
-    assert numbers[str(model)]["groups"].keys() == {"vowel", "other"}
+    for own in numbers.values():
+        assert own["groups"].keys() == {"vowel", "other"} and own["groups"]["vowel"]["queries"] == 2
+        for part in (own, *own["groups"].values()):
+            for name, (low, high) in part["intervals"].items():
+                assert low - 1e-12 <= part["mean"][name] <= high + 1e-12  # where all are equal, they round apart
+        assert own["intervals"]["ndcg@3"] != own["groups"]["other"]["intervals"]["ndcg@3"]
+    rows = [json.loads(line) for line in (tmp_path / "out/per_query.jsonl").read_text().splitlines()]
+    assert {(row["model"], row["query"]) for row in rows} == {(str(name), query) for name in (model, exported)
+                                                             for query in QUERIES} and len(rows) == 16
+    for measure in ("ndcg@3", "mrr@10"):
+        mine = [row[measure] for row in rows if row["model"] == str(model) and row["group"] == "other"]
+        assert np.mean(mine) == pytest.approx(numbers[str(model)]["groups"]["other"]["mean"][measure])
     run = tmp_path / "out/0_tiny.trec"
     assert read_run(run).keys() == QUERIES.keys()
     evaluate_retrieval.main(["--data", str(data), "--models", str(run), "bm25", "--measures", "ndcg@3"])
     assert f"{numbers[str(model)]['mean']['ndcg@3']:.4f}" in capsys.readouterr().out
 
 
+def test_the_document_with_the_id_of_its_query_takes_no_place(model, tmp_path, capsys):
+    """Queries stand in the corpus, and what they look for is the next best; d5 has other words there."""
+    (tmp_path / "qrels").mkdir()
+    texts = {"d1": "a b c", "d2": "a b c d", "d3": "h h", "d4": "h h e"}
+    for name, last in (("corpus", "e e e"), ("queries", "a b c")):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"_id": key, "text": text}) + "\n"
+                                                        for key, text in (texts | {"d5": last}).items()))
+    (tmp_path / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\nd1\td2\t1\nd3\td4\t1\nd5\td1\t1\n")
+    run = tmp_path / "whole.trec"
+    run.write_text("d1 Q0 d1 1 2 t\nd1 Q0 d2 2 1 t\nd3 Q0 d4 1 1 t\nd5 Q0 d1 1 1 t\n")
+    flags = ["--data", str(tmp_path), "--models", str(model), "bm25", str(run), "--measures", "success@1", "--depth",
+             "1", "--output", str(tmp_path / "out")]
+    for more, expected, kept in ((["--ignore-identical-ids"], [1, 1, 1], {"d1": ["d2"], "d3": ["d4"], "d5": ["d1"]}),
+                                 ([], [1 / 3, 1 / 3, 2 / 3], {"d1": ["d1"], "d3": ["d3"], "d5": ["d1"]})):
+        evaluate_retrieval.main([*flags, *more])
+        means = [own["mean"]["success@1"] for own in json.loads((tmp_path / "out/measures.json").read_text()).values()]
+        assert means == pytest.approx(expected)
+        for name in ("0_tiny", "1_bm25"):
+            assert {key: list(own) for key, own in read_run(tmp_path / f"out/{name}.trec").items()} == kept
+    assert "no effect" not in capsys.readouterr().err
+
+
+def test_what_is_wrong_is_found_before_anything_is_encoded(model, data, tmp_path, capsys, monkeypatch):
+    broken, other = tmp_path / "broken.trec", tmp_path / "other.trec"
+    broken.write_text("q1 Q0 d1 1 high t\n")
+    other.write_text("x Q0 d1 1 1.0 t\n")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "spaces/qrels").mkdir(parents=True)
+    for name in ("corpus", "queries"):
+        (tmp_path / f"spaces/{name}.jsonl").write_text('{"_id": "a b", "text": "a"}\n')
+    (tmp_path / "spaces/qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\na b\ta b\t1\n")
+
+    def encode(*args, **kwargs):
+        raise AssertionError("this encodes")
+
+    monkeypatch.setattr(evaluate_retrieval, "open_searcher", encode)
+    known, out = ["--data", str(data), "--models", str(model)], ["--output", str(tmp_path / "out")]
+    for arguments, message in (
+        ([*known, "--measures", "mrr@10", "ndgc@10"], "did you mean 'ndcg'"),
+        ([*known, "--measures"], "--measures names at least one"),
+        ([*known, "--depth", "5", "--measures", "mrr@5", "recall@100"], "recall@100 needs 100 documents"),
+        ([*known, "typo"], "'typo' is no folder, no run file and not bm25"),
+        ([*known, str(tmp_path / "empty")], str(tmp_path / "empty")),
+        ([*known, "--query-model", "typo"], "typo"),
+        ([*known, str(broken)], "broken.trec:1: the score 'high' is not a number"),
+        ([*known, str(other)], "no query of the run is judged"),
+        ([*known, f"{model}/"], "--models names a model twice"),
+        ([*known, *out, "--data", str(tmp_path / "spaces")], "'a b' is empty or has a space"),
+        ([*known, "bm25", "--data", str(tmp_path / "spaces")], "at least 2 judged queries"),
+        (["--data", str(data), "--models", str(broken), "--depth", "5"], "--depth has no effect on run files"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            evaluate_retrieval.main(arguments)
+        assert end.value.code == 2
+        assert message in capsys.readouterr().err, message
+    with pytest.raises(AssertionError, match="this encodes"):
+        evaluate_retrieval.main([*known, "--ignore-identical-ids"])
+    assert "no query has the id of a document" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_run_of_a_model_is_kept_when_the_next_one_fails(model, data, trained, tmp_path, monkeypatch, capsys):
+    opened, searcher = [], evaluate_retrieval.open_searcher
+
+    def fail(found, *args, **kwargs):
+        opened.append(found.init)
+        if len(opened) > 1:
+            raise ValueError("no memory")
+        return searcher(found, *args, **kwargs)
+
+    monkeypatch.setattr(evaluate_retrieval, "open_searcher", fail)
+    with pytest.raises(ValueError, match="no memory"):
+        evaluate_retrieval.main(["--data", str(data), "--models", str(model), str(trained[0] / "exported"), "--output",
+                                 str(tmp_path / "out")])
+    assert [one.name for one in (tmp_path / "out").iterdir()] == ["0_tiny.trec"]
+    run = tmp_path / "short.trec"
+    run.write_text("q1 Q0 d1 1 1.0 t\n")
+    evaluate_retrieval.main(["--data", str(data), "--models", str(run), "--measures", "recall@3"])
+    assert "has 1 documents of a query at most" in capsys.readouterr().err
+
+
 def test_a_corpus_answers_from_the_shell(model, data, tmp_path, capsys, monkeypatch):
-    flags = ["--model", str(model), "--corpus", str(data / "corpus.jsonl"), "--vectors", str(tmp_path / "v"),
+    flags = ["--model", str(model), "--corpus", str(data / "corpus.jsonl"), "--cache", str(tmp_path / "v"),
              "--k", "2"]
     search.main([*flags, "--query", "a b c"])
     lines = capsys.readouterr().out.splitlines()
@@ -127,13 +219,20 @@ def test_a_corpus_answers_from_the_shell(model, data, tmp_path, capsys, monkeypa
     assert capsys.readouterr().out.replace("query> ", "").splitlines()[:3] == lines
 
 
+def test_an_empty_query_is_refused():
+    for query in ("", " \n"):
+        with pytest.raises(ValueError, match="--query must have text"):
+            search.Config(query=("a", query))
+
+
 def test_errors_are_one_sentence(model, data, tmp_path, capsys):
     run = ["--folder", str(tmp_path / "run")]
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"query": "a"}\n')
     other = tmp_path / "other.jsonl"
     other.write_text('{"_id": "x", "text": "a"}\n')
-    search.main(["--model", str(model), "--corpus", str(data), "--vectors", str(tmp_path / "v"), "--query", "a"])
+    kept = ["--model", str(model), "--cache", str(tmp_path / "v"), "--query", "a", "--corpus"]
+    search.main([*kept, str(data)])
     for recipe, arguments, message in (
         (train_retriever, ["--data.train", str(data), *run], "--init names the model"),
         (train_retriever, ["--init", str(model), *run], "--data.train names the rows"),
@@ -144,8 +243,9 @@ def test_errors_are_one_sentence(model, data, tmp_path, capsys):
         (evaluate_retrieval, ["--data", str(data), "--models", str(model), "--group", "colour"], "no field 'colour'"),
         (evaluate_retrieval, ["--data", str(data), "--models", str(model), "--measures", "ndgc@10"], "did you mean"),
         (mine, ["--model", str(model), "--data", str(data), "--output", str(bad)], "exists; --overwrite"),
-        (search, ["--model", str(model), "--corpus", str(other), "--vectors", str(tmp_path / "v"), "--query", "a"],
-         "made differently"),
+        (train_retriever, ["--init", str(tmp_path / "no"), "--data.train", str(data), *run], "no: no such folder"),
+        (search, [*kept, str(other)], "made differently"),
+        (search, [*kept, str(data), "--passage-prompt", "f "], "made differently"),
     ):
         with pytest.raises(SystemExit) as end:
             recipe.main(arguments)

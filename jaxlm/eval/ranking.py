@@ -9,7 +9,7 @@ Scores become float32, as in trec_eval; documents of equal score stand in descen
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,13 +74,13 @@ def evaluate_run(run: Run, qrels: Qrels, measures: Sequence[str] = BEIR, *,
 
     Args:
       measures: `name@k`, names as in `MEASURES`.
-      ignore_identical_ids: leaves out the document that has the query's id, from the run and the judgements, as BEIR
-        does for sets whose queries stand in the corpus (ArguAna).
+      ignore_identical_ids: leaves out the document that has the query's id from the run, as BEIR does for sets whose
+        queries stand in the corpus (ArguAna). Not from the judgements: where it is relevant, it counts as not found.
 
     Judged queries without results count with 0 (trec_eval's `-c`). Raises ValueError for an unknown measure, for no
     judgements, for a run and judgements with no query in common, and for scores that are NaN.
     """
-    chosen = {name: _measure(name) for name in measures}
+    chosen = {name: measure_of(name) for name in measures}
     judged = sorted(query for query, gains in qrels.items() if gains)
     if not judged:
         raise ValueError("there are no judgements")
@@ -89,17 +89,17 @@ def evaluate_run(run: Run, qrels: Qrels, measures: Sequence[str] = BEIR, *,
                          f"{judged[0]!r}")
     depth = max((k for _, k in chosen.values()), default=0)
     values = {name: np.zeros(len(judged)) for name in chosen}
-    num_no_relevant = 0
+    num_no_relevant = num_missing = 0
     for row, query in enumerate(judged):
         gains, scores = qrels[query], run.get(query, {})
         if ignore_identical_ids:
-            gains, scores = ({doc: x for doc, x in of.items() if doc != query} for of in (gains, scores))
+            scores = {doc: score for doc, score in scores.items() if doc != query}
+        num_missing += not scores
         ideal = np.array(sorted((gain for gain in gains.values() if gain > 0), reverse=True), np.float64)
         num_no_relevant += not len(ideal)
         ranked = np.array([max(gains.get(doc, 0), 0) for doc in _ranked(scores, query)[:depth]], np.float64)
         for name, (measure, k) in chosen.items():
             values[name][row] = measure(ranked, ideal, k)
-    num_missing = sum(not run.get(query) for query in judged)
     num_unjudged = sum(not qrels.get(query) for query in run)
     if num_missing or num_unjudged:
         log.warning("%d of %d judged queries have no result and count with 0; %d queries of the run have no judgements "
@@ -107,13 +107,24 @@ def evaluate_run(run: Run, qrels: Qrels, measures: Sequence[str] = BEIR, *,
     return RankingResult(tuple(judged), values, num_unjudged, num_missing, num_no_relevant)
 
 
+def measure_of(name: str) -> tuple[Callable[[np.ndarray, np.ndarray, int], float], int]:
+    """The function and the cut-off of a measure such as `ndcg@10`. ValueError for an unknown one."""
+    kind, _, cut = name.partition("@")
+    if kind not in MEASURES:
+        raise ValueError(f"unknown measure {name!r}{nearest(kind, MEASURES)}; known: "
+                         f"{', '.join(f'{known}@k' for known in MEASURES)}")
+    if not cut.isdecimal() or int(cut) < 1:
+        raise ValueError(f"measure {name!r} needs a cut-off of 1 or more, as in {kind}@10")
+    return MEASURES[kind], int(cut)
+
+
 def means(result: RankingResult) -> dict[str, float]:
     """Each measure's mean over queries."""
     return {name: float(values.mean()) for name, values in result.values.items()}
 
 
-def group_means(result: RankingResult, groups: Mapping[str, str]) -> dict[str, dict[str, float]]:
-    """Each measure's mean over the queries of a group, by group in alphabetical order.
+def group_values(result: RankingResult, groups: Mapping[str, str]) -> dict[str, dict[str, np.ndarray]]:
+    """Each measure of the queries of a group, by group in alphabetical order.
 
     Args:
       groups: query to group. ValueError for a judged query that has none.
@@ -123,8 +134,7 @@ def group_means(result: RankingResult, groups: Mapping[str, str]) -> dict[str, d
     rows: dict[str, list[int]] = {}
     for row, query in enumerate(result.queries):
         rows.setdefault(groups[query], []).append(row)
-    return {group: {name: float(values[rows[group]].mean()) for name, values in result.values.items()}
-            for group in sorted(rows)}
+    return {group: {name: values[rows[group]] for name, values in result.values.items()} for group in sorted(rows)}
 
 
 def ranked(scores: Mapping[str, float]) -> list[str]:
@@ -148,14 +158,20 @@ def write_run(path: str | Path, run: Run, tag: str) -> None:
     empty id or tag, or one with a space, which this format cannot hold.
     """
     path = Path(path)
+    documents = (doc for scores in run.values() for doc in scores)
+    for kind, names in (("query", run), ("document", documents), ("tag", [tag])):
+        check_trec_names(str(path), kind, names)
     with replacing(path) as scratch, scratch.open("w", encoding="utf-8", newline="\n") as file:
         for query, scores in run.items():
             for rank, doc in enumerate(_ranked(scores, query), 1):
-                for kind, name in (("query", query), ("document", doc), ("tag", tag)):
-                    if not name or name.split() != [name]:
-                        raise ValueError(f"{path}: the {kind} {name!r} is empty or has a space, which a TREC run file "
-                                         "cannot hold")
                 file.write(f"{query} Q0 {doc} {rank} {np.float32(scores[doc])} {tag}\n")
+
+
+def check_trec_names(where: str, kind: str, names: Iterable[str]) -> None:
+    """ValueError for a name that is empty or has a space, which a TREC run file cannot hold."""
+    for name in names:
+        if name.split() != [name]:
+            raise ValueError(f"{where}: the {kind} {name!r} is empty or has a space, which a TREC run file cannot hold")
 
 
 def read_run(path: str | Path) -> dict[str, dict[str, float]]:
@@ -196,16 +212,6 @@ def _ranked(scores: Mapping[str, float], query: str) -> list[str]:
         return ranked(scores)
     except ValueError as error:
         raise ValueError(f"query {query!r}: {error}") from None
-
-
-def _measure(name: str) -> tuple[Callable[[np.ndarray, np.ndarray, int], float], int]:
-    kind, _, cut = name.partition("@")
-    if kind not in MEASURES:
-        raise ValueError(f"unknown measure {name!r}{nearest(kind, MEASURES)}; known: "
-                         f"{', '.join(f'{known}@k' for known in MEASURES)}")
-    if not cut.isdecimal() or int(cut) < 1:
-        raise ValueError(f"measure {name!r} needs a cut-off of 1 or more, as in {kind}@10")
-    return MEASURES[kind], int(cut)
 
 
 # gains of the ranked documents, gains of the relevant ones in the best order, cut-off -> value

@@ -1,7 +1,7 @@
 """How sure a mean over queries is, and whether two systems differ on the same queries."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,21 +25,29 @@ class Paired(NamedTuple):
 
 
 def bootstrap_interval(values: np.ndarray, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:
-    """The mean of values [Q] with its percentile bootstrap interval (Efron 1979), the same for a seed.
+    """`bootstrap_intervals` of one measure, values [Q]."""
+    return bootstrap_intervals([values], level=level, resamples=resamples, seed=seed)[0]
 
-    A single query gives an interval of no width, which says nothing. ValueError for no values, values that are not
-    finite, a level outside (0, 1).
+
+def bootstrap_intervals(measures: Sequence[np.ndarray], *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+                        ) -> list[Interval]:
+    """The mean of values [Q] of each measure with its percentile bootstrap interval (Efron 1979), the same for a seed.
+
+    The queries are drawn once for all measures. A single query gives an interval of no width, which says nothing.
+    ValueError for no values, values that are not finite, a level outside (0, 1).
     """
-    values = _finite(values)
+    values = np.stack([_finite(one) for one in measures])
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1, got {level}")
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
-    rng, rows = np.random.default_rng(seed), max(1, CHUNK // len(values))
-    drawn = [values[rng.integers(len(values), size=(min(rows, resamples - start), len(values)))].mean(axis=1)
+    queries = values.shape[1]
+    rng, rows = np.random.default_rng(seed), max(1, CHUNK // queries)
+    drawn = [_times_drawn(rng, min(rows, resamples - start), queries) @ values.T / queries
              for start in range(0, resamples, rows)]
-    low, high = np.quantile(np.concatenate(drawn), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(values.mean()), float(low), float(high))
+    bounds = np.quantile(np.concatenate(drawn), [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return [Interval(float(one.mean()), float(low), float(high))
+            for one, low, high in zip(values, *bounds, strict=True)]
 
 
 def paired_test(first: np.ndarray, second: np.ndarray, *, permutations: int = 10_000, seed: int = 0) -> Paired:
@@ -82,6 +90,12 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     scaled = [min(1.0, (len(names) - i) * p_values[name]) for i, name in enumerate(names)]
     corrected = dict(zip(names, np.maximum.accumulate(scaled).tolist(), strict=True))
     return {name: corrected[name] for name in p_values}
+
+
+def _times_drawn(rng: np.random.Generator, rows: int, queries: int) -> np.ndarray:
+    """How often each query is in each of `rows` samples of as many queries, [rows, Q]."""
+    places = rng.integers(queries, size=(rows, queries)) + queries * np.arange(rows)[:, None]
+    return np.bincount(places.ravel(), minlength=rows * queries).reshape(rows, queries).astype(np.float64)
 
 
 def _finite(values: np.ndarray) -> np.ndarray:
