@@ -150,7 +150,8 @@ def merge(config: Config) -> None:
         check_tokens(opened, config.other_tokens)
         warn_of_configs(opened)
         if measure is not None:
-            config = replace(config, merge=search(config, checkpoints, measure))
+            found = search(config, checkpoints, measure)
+            config = replace(config, merge=found, search=SearchConfig())  # which merges again without a search
         with new_folder(config.target, overwrite=config.overwrite) as scratch:
             write(config, checkpoints, scratch)
             flags.save_config(config, scratch / SETTINGS)

@@ -117,6 +117,8 @@ def test_retrievers_are_searched_by_a_measure_and_a_run_gives_its_export(encoder
     assert set(values) == {(1, 0), (0.5, 0.5), (0, 1)} and len(set(values.values())) > 1
     chosen = flags.load_config(merge.Config, tmp_path / "m" / "merge.json").merge.weights
     assert values[chosen] == max(values.values())
+    merge.main(["--config", str(tmp_path / "m" / "merge.json"), "--target", str(tmp_path / "again")])
+    jax.tree.map(np.testing.assert_array_equal, read(tmp_path / "m"), read(tmp_path / "again"))
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         [run] = rank_towers(load_towers(find_towers(tmp_path / "m"), mesh), read_beir(beir, "dev")).values()
