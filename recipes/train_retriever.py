@@ -53,7 +53,6 @@ from jaxlm.model.lora import LoraConfig
 from jaxlm.model.partition import ENCODER_RULES, LORA_RULES
 from jaxlm.optim.optimizer import OptimConfig, make_optimizer
 from jaxlm.optim.schedule import ScheduleConfig, make_schedule
-from jaxlm.retrieval.folder import load_text_encoder
 from jaxlm.retrieval.learn import DataSet, EncodedBatches, Guide, GuidedConfig, make_guide, open_data_sets
 from jaxlm.retrieval.rank import rank_towers
 from jaxlm.retrieval.retriever_loss import (
@@ -63,7 +62,16 @@ from jaxlm.retrieval.retriever_loss import (
     check_nested,
     make_retrieval_loss,
 )
-from jaxlm.retrieval.towers import KINDS, Towers, TowersConfig, adapted, load_params, open_towers, save_towers
+from jaxlm.retrieval.towers import (
+    KINDS,
+    Towers,
+    TowersConfig,
+    adapted,
+    load_params,
+    load_towers,
+    open_towers,
+    save_towers,
+)
 from jaxlm.train.checkpoint import CheckpointConfig, saved_params
 from jaxlm.train.folder import check_folder, check_resumable
 from jaxlm.train.loop import LoopConfig
@@ -199,9 +207,10 @@ def open_guide(config: GuidedConfig, sources: Sequence[DataSet]) -> Guide | None
     if not config.model:
         return None
     own = make_mesh(MeshConfig(), jax.local_devices())
-    put = lambda path, leaf: place_leaf(path, np.asarray(leaf), mesh=own, rules=ENCODER_RULES)
     with jax.set_mesh(own):
-        return make_guide(*load_text_encoder(config.model, put=put), sources)
+        towers = load_towers(TowersConfig(init=config.model, query_prompt=config.query_prompt,
+                                          passage_prompt=config.passage_prompt), own)
+        return make_guide(*towers.at_work("passage"), sources)
 
 
 def learning_of(config: Config, towers: Towers, mesh: Mesh) -> Learning:

@@ -192,10 +192,11 @@ def test_sentence_transformers_gives_the_same_vectors_and_scores(trained, data):
 
 
 def test_the_guide_of_a_run(models, data):
-    """Encoded by the devices of this process, each text once."""
+    """Encoded by the devices of this process, each text once, with the prompts that are asked for."""
     sources = open_data_sets([str(data)])
-    guide = train_retriever.open_guide(GuidedConfig(model=str(models / "dense")), sources)
-    expected = embed_texts(*load_text_encoder(models / "dense"), ["a b c", "c d", "a b c"], "passage")
+    guide = train_retriever.open_guide(GuidedConfig(model=str(models / "dense"), passage_prompt="h "), sources)
+    encoder, params = load_text_encoder(models / "dense")
+    expected = embed_texts(replace(encoder, passage_prompt="h "), params, ["a b c", "c d", "a b c"], "passage")
     np.testing.assert_allclose(guide.of("passage", ["a b c", "c d", "a b c"]),
                                expected / np.linalg.norm(expected, axis=1, keepdims=True), rtol=0, atol=1e-6)
     assert len(guide.vectors["passage"]) == len({row.positives[0].text for row in sources[0].rows})

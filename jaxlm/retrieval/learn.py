@@ -54,10 +54,13 @@ class GuidedConfig(GuideConfig):
     """A frozen model whose scores say which passages answer a query though nobody labelled them (GISTEmbed)."""
 
     model: str = ""  # a folder of sentence-transformers; none: labels alone decide
+    query_prompt: str | None = None    # before every query of the guide; None: what its folder says
+    passage_prompt: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.model and (self.margin, self.kind) != (0.0, "absolute"):
+        given = (self.margin, self.kind, self.query_prompt, self.passage_prompt)
+        if not self.model and given != (0.0, "absolute", None, None):
             raise ValueError("guide settings have no effect without guide.model")
 
 
