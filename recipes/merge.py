@@ -176,6 +176,8 @@ def open_measure(config: Config) -> Measure | Callable[[Path], float] | None:
     if not how.asked:
         return None
     check_search(config.merge)
+    if how.kind == "grid":
+        candidates(config.merge, how, len(config.models))
     if how.data:
         return retrieval_measure(how.data, how.measure)
     make = text_loss if how.kind == "losses" else text_measure
@@ -216,18 +218,25 @@ def told(config: MergeConfig) -> str:
 
 
 def check_tokens(opened: dict[str, Checkpoint], allowed: bool) -> None:
-    """ValueError for tokens that have another id in another model: their embeddings would be mixed."""
+    """ValueError for tokens that have another id in another model, and ids that are other tokens: embeddings would mix.
+
+    What is compared is `tokenizer.json`, where it is there. Tokens that a model has not are said.
+    """
     vocabularies = {name: vocabulary(checkpoint.folder / JSON_FILE) for name, checkpoint in opened.items()
                     if (checkpoint.folder / JSON_FILE).is_file()}
     first, *others = vocabularies or [None]
     for name in others:
         own, other = vocabularies[first], vocabularies[name]
-        if differing := sorted(token for token in own.keys() | other.keys() if own.get(token) != other.get(token)):
-            said = (f"{len(differing)} tokens have other ids in the tokenizer of {name} than in that of {first}, "
-                    f"{', '.join(map(repr, differing[:3]))} among them")
-            if not allowed:
-                raise ValueError(f"{said}: their embeddings would be mixed; --other-tokens merges all the same")
-            log.warning("%s", said)
+        ids = set(own.values()) & set(other.values())
+        mixed = sorted(token for token in own.keys() | other.keys() if own.get(token) != other.get(token)
+                       and (own.get(token) in ids or other.get(token) in ids))
+        said = f"the tokenizers of {first} and {name}: {len(mixed)} tokens"
+        if mixed and not allowed:
+            raise ValueError(f"{said} have other ids or share theirs, {', '.join(map(repr, mixed[:3]))} among them, so "
+                             "that embeddings would be mixed; --other-tokens merges all the same")
+        if own != other:
+            log.warning("%s have other ids, %d are in one only; that of the first is kept", said,
+                        len(own.keys() ^ other.keys()))
 
 
 def vocabulary(path: Path) -> dict[str, int]:

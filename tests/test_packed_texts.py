@@ -27,6 +27,7 @@ def random_texts(count):
 def test_the_worked_examples():
     texts = pack([[1, 2, 3], [4], [5, 6]], 4)
     assert texts.tokens.tolist() == [[[1, 2, 3, 4], [5, 6, 0, 0]]]
+    assert pack([[1] * 9, [2]], 12).tokens.shape == (1, 1, 12) and pack([[1] * 9], 99).tokens.shape == (1, 1, 16)
     assert texts.segments.tolist() == [[[1, 1, 1, 2], [1, 1, 0, 0]]]
     assert texts.places.tolist() == [[[0, 1, 2, -1], [3, -1, -1, -1], [4, 5, -1, -1]]]
     assert share_rows([3, 1, 2, 4], 5) == [[3, 1], [0, 2]]

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import time
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -20,10 +21,13 @@ from jaxlm.data.beir import read_beir
 from jaxlm.eval.ranking import evaluate_run, means
 from jaxlm.merge.search import SearchConfig, candidates
 from jaxlm.merge.spec import MergeConfig
+from jaxlm.model.encoder import build_encoder
+from jaxlm.retrieval.folder import save_text_encoder
 from jaxlm.retrieval.rank import rank_towers
-from jaxlm.retrieval.towers import find_towers, load_towers
+from jaxlm.retrieval.towers import find_towers, load_towers, open_towers
 from jaxlm.train.pretrained import export_pretrained, load_pretrained
 from recipes import merge
+from tests.test_embed import ENCODER, encoder_of, random_params
 from tests.test_retrieval_recipes import data as beir  # noqa: F401  a fixture
 from tests.test_retrieval_recipes import model as encoder  # noqa: F401
 from tests.tiny_chat import tiny_folder
@@ -126,6 +130,16 @@ def test_retrievers_are_searched_by_a_measure_and_a_run_gives_its_export(encoder
     assert found == pytest.approx(values[chosen], abs=5e-5)
 
 
+def test_a_merge_of_sparse_retrievers_opens(tmp_path):
+    sparse = replace(encoder_of(max_length=12)[0],
+                     model=build_encoder(replace(ENCODER, num_layers=1, mlm_head=True)))
+    for seed, name in enumerate("ab"):
+        params = jax.tree.map(lambda x, seed=seed: x * (1 + seed), random_params(sparse.model))
+        save_text_encoder(tmp_path / name, sparse, params, architecture="bert", vectors="sparse")
+    merge.main(["--models", str(tmp_path / "a"), str(tmp_path / "b"), "--target", str(tmp_path / "m")])
+    assert open_towers(find_towers(tmp_path / "m")).vectors == "sparse"
+
+
 def test_weights_from_the_losses_of_the_models(models, tmp_path, capsys):
     """A model of zeros finds all tokens equally likely: its loss is log V."""
     _, a, b = models
@@ -183,7 +197,9 @@ def test_errors_name_what_is_wrong_and_leave_nothing(models, tmp_path, capsys):
         (["--models", str(a), f"{a}/"], "twice"),
         (["--models", str(a), str(b), "--base", f"{a}/../{a.name}"], "--base"),
         (["--models", str(a), str(b), "--target", str(full)], "is not empty"),
-        (["--models", str(a), str(renamed)], "2 tokens have other ids in the tokenizer of"),
+        (["--models", str(a), str(b), "--search.steps", "1", "--search.scales", "2", "--search.data", "x"],
+         "search.scales has no effect"),
+        (["--models", str(a), str(renamed)], "2 tokens have other ids or share theirs"),
         (["--models", str(a), str(b), "--search.steps", "1", "--search.data", "x", "--search.measure", "ndgc@10"],
          "ndgc"),
         (["--models", str(a), str(b), "--merge.method", "ties"], "base model, and none is given"),
@@ -226,5 +242,5 @@ def test_what_a_killed_process_left_is_named_and_the_card_has_no_weights_that_no
     merge.main(["--models", str(a), str(tmp_path / "again"), "--merge.method", "slerp", "--target",
                 str(tmp_path / "m")])
     jax.tree.map(np.testing.assert_array_equal, read(tmp_path / "m"), read(a))
-    assert ".m.tmp-999999999 was left by a process that is gone" in capsys.readouterr().err
+    assert ".m.tmp-999999999 may be left by a process that was killed" in capsys.readouterr().err
     assert "| weight |" not in (tmp_path / "m" / "README.md").read_text()

@@ -28,7 +28,8 @@ def test_all_forms_of_a_row_are_read(tmp_path, caplog):
          "negative_ctxs": []},
         {"anchor": "q", "pos": ["p", " ", "r"], "neg": ["n"], "pos_scores": [3, 2, 1.5], "neg_scores": [-1]},
         {"query": "q", "positives": [""]}, {"query": " ", "positive": "p"},
-        {"query_id": "1", "query": "q", "positive_passages": [{"docid": "8", "text": "p"}], "negative_passages": []},
+        {"query_id": "1", "query": "q", "positive_passages": [{"docid": "8", "text": "p"}, {"docid": "", "text": "r"}],
+         "negative_passages": []},
         {"anchor": "q", "positive": "p", "negative_1": "n", "negative_2": "m", "negative_10": "l", "pos_score": 1},
         {"question": "q", "positive_ctxs": ["p"], "negative_ctxs": ["m"], "hard_negative_ctxs": ["n"], "answers": []})
     data = read_retrieval_rows(path)
@@ -36,7 +37,7 @@ def test_all_forms_of_a_row_are_read(tmp_path, caplog):
         RetrievalRow("q", (Passage("p", "p"),), (Passage("n", "n"),)),
         RetrievalRow("q", (Passage("7", "T p"), Passage("p2", "p2"))),
         RetrievalRow("q", (Passage("p", "p"), Passage("r", "r")), (Passage("n", "n"),), (3.0, 1.5), (-1.0,)),
-        RetrievalRow("q", (Passage("8", "p"),)),
+        RetrievalRow("q", (Passage("8", "p"), Passage("r", "r"))),
         RetrievalRow("q", (Passage("p", "p"),), tuple(Passage(x, x) for x in "nml")),
         RetrievalRow("q", (Passage("p", "p"),), (Passage("n", "n"), Passage("m", "m")))]
     assert data.dropped == {"empty positives": 2, "rows without a positive": 1, "rows with an empty query": 1}

@@ -24,6 +24,7 @@ from jaxlm.retrieval.representations import REPRESENTATIONS
 from jaxlm.retrieval.retriever_loss import NestedConfig
 from jaxlm.retrieval.towers import KINDS, TowersConfig, adapted, load_params, open_towers
 from jaxlm.train.checkpoint import saved_params
+from jaxlm.train.pretrained import open_pretrained
 from recipes import evaluate_retrieval, train_retriever
 from tests.test_embed import ENCODER, encoder_of, random_params
 from tests.test_retrieval_recipes import DOCUMENTS, QUERIES
@@ -104,6 +105,8 @@ def losses(folder):
 @pytest.mark.parametrize("name", RUNS)
 def test_the_loss_falls_and_the_ranking_gets_better(name, trained, data):
     folder, towers, before, _ = trained(name)
+    with pytest.raises(ValueError, match="is no run of a language model"):
+        open_pretrained(folder)
     assert losses(folder)[-1] < 0.6 * losses(folder)[0]
     nested = NestedConfig(dims=(4,)) if name == "dense" else NestedConfig()
     sets = {data.name: read_beir(data, "dev")}

@@ -13,9 +13,9 @@ RANKS = {
     "train": 2, "generate": 2, "retrieval": 2, "compress": 2, "curate": 2,
     "rl": 3, "eval": 3,
 }
-# May be imported where they are used, while all else stands at the top of its file: peers that tools compare with
-# (`core.extras` imports those of jaxlm), and matplotlib, which takes half a second that most commands never need.
-LATE = {"datasets", "matplotlib", "sentence_transformers", "torch", "transformers", "trl"}
+# Peers that tools compare with may be imported where they are used; all else stands at the top of its file, and
+# `core.extras` imports what is optional.
+PEERS = {"datasets", "sentence_transformers", "torch", "transformers", "trl"}
 FORBIDDEN = {"data": {"jax", "flax", "optax"}}  # loader workers stay light
 FLAX_HOME = "model"
 
@@ -54,7 +54,7 @@ def _violations(parts: tuple[str, ...], module: str, inside: bool) -> list[str]:
     found = []
     if module.startswith("."):
         found.append("relative import; write the full name")
-    if inside and top not in LATE:
+    if inside and top not in PEERS:
         found.append(f"import of {module} inside a function")
     package = parts[1] if parts[0] == "jaxlm" and len(parts) > 2 else None
     if package and package not in RANKS:

@@ -28,7 +28,7 @@ def run_command(
     """`work` with the configuration that a command line asks for (`config.parse`).
 
     ValueError and OSError end the process as `config.fail` says, with status 2; an interrupt with 130 and SIGTERM with
-    143, as shells do, and after both no scratch files are left.
+    143, as shells do, after every `with` block was left.
     """
     setup_logging()
     config = flags.parse(presets, argv, prog=prog, description=description)
@@ -71,8 +71,18 @@ def run_recipe(recipe: str, result: Path | None, *arguments: object) -> None:
         return
     line = [sys.executable, "-m", f"recipes.{recipe}", *map(str, arguments)]
     log.info("$ %s", " ".join(["python", *line[1:]]))
-    if subprocess.run(line, check=False, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}).returncode:
+    if _finish(subprocess.Popen(line, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})):
         raise ValueError(f"recipes.{recipe} failed, see above; the same command goes on from here")
+
+
+def _finish(process: subprocess.Popen) -> int:
+    """Waits; what ends this process asks the other one to end too, and waits for what it still saves."""
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
 
 
 def run_training_recipe(recipe: str, folder: Path, *arguments: object) -> None:

@@ -147,7 +147,8 @@ def _passages(value: Any, where: str) -> list[Passage]:
             text = field(one, "text", str, here)
             text = titled(field(one, "title", str, here) if one.get("title") is not None else "", text)
             name = _named(one, PASSAGE_ID, here)
-            result.append(Passage(str(one[name]) if name else text, text))
+            own = one[name] if name else None
+            result.append(Passage(text if own in (None, "") else str(own), text))
         else:
             raise ValueError(f"{here}: must be text or an object with 'text', got {one!r:.80}")
     return result

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.core.mesh import MeshConfig, make_mesh
+from jaxlm.core.mesh import MeshConfig, make_mesh, place_leaf
 from jaxlm.data.beir import read_beir, split_of
 from jaxlm.data.pipeline import eval_batches
 from jaxlm.data.sources import open_source, parse_source
@@ -17,8 +18,10 @@ from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.eval.likelihood import bits_per_byte
 from jaxlm.eval.ranking import evaluate_run, means, measure_of
 from jaxlm.model.decoder import build
+from jaxlm.model.partition import ENCODER_RULES
+from jaxlm.retrieval.folder import said_vectors
 from jaxlm.retrieval.rank import rank_towers
-from jaxlm.retrieval.towers import find_towers, load_towers
+from jaxlm.retrieval.towers import find_towers, load_params, open_towers
 from jaxlm.train.pretrained import load_pretrained
 from jaxlm.train.run import make_loss
 
@@ -70,14 +73,20 @@ def retrieval_measure(data: Sequence[str], measure: str) -> Measure:
 
     ValueError for a measure that there is not, and for folders that are no data.
     """
-    measure_of(measure)
+    _, depth = measure_of(measure)
     sets = [read_beir(*split_of(one, "dev")) for one in data]
-    mesh = make_mesh(MeshConfig())
+    mesh, opened = make_mesh(MeshConfig()), []
 
     def of(folder: Path) -> float:
+        if said_vectors(folder) is None:
+            raise ValueError(f"{folder} has no modules.json: a search measures folders of sentence-transformers")
+        config = find_towers(folder)
+        # Opened once: a tokenizer equals only itself, and programs are compiled anew for another.
+        opened[:] = opened or [open_towers(config)]
         with jax.set_mesh(mesh):
-            towers = load_towers(find_towers(folder), mesh)
-            runs = [(rank_towers(towers, one)[towers.passage.width], one) for one in sets]
+            put = partial(place_leaf, mesh=mesh, rules=ENCODER_RULES)
+            towers = opened[0]._replace(params=load_params(config, opened[0], put))
+            runs = [(rank_towers(towers, one, max(depth, 100))[towers.passage.width], one) for one in sets]
         return float(np.mean([means(evaluate_run(run, one.qrels, (measure,)))[measure] for run, one in runs]))
 
     return Measure(measure, of, lambda values: int(np.argmax(values)))

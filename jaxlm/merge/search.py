@@ -42,6 +42,8 @@ class SearchConfig:
                              "no effect")
         if self.held_out and self.data:
             raise ValueError("a search goes by search.held_out (decoders) or search.data (retrievers), not by both")
+        if not self.held_out and (self.batch_size, self.seq_len) != (4, 512):
+            raise ValueError("search.batch_size and search.seq_len have an effect with search.held_out only")
         if (self.measure != "ndcg@10" and not self.data) or (self.temperature != 5.0 and self.kind != "losses"):
             raise ValueError("search.measure has an effect with search.data only, search.temperature with search.kind "
                              "losses")

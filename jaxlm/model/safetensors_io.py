@@ -24,7 +24,8 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
               "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "sentencepiece.bpe.model",
               "chat_template.jinja", "generation_config.json", "modules.json", "sentence_bert_config.json",
-              "config_sentence_transformers.json", "1_Pooling/config.json", "2_Normalize/config.json")
+              "config_sentence_transformers.json", "1_Pooling/config.json", "2_Normalize/config.json",
+              "1_SpladePooling/config.json")
 # What an export may contain; a folder that holds anything else is never replaced.
 EXPORTED = (SINGLE, INDEX, "model-*-of-*.safetensors", "config.json", "merge.json", "README.md", *COMPANIONS,
             "1_Pooling", "2_Normalize", "1_SpladePooling")
@@ -179,7 +180,7 @@ def new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     check_new_folder(folder, overwrite=overwrite)
     for left in folder.parent.glob(f".{folder.name}.tmp-*") if folder.parent.is_dir() else ():
         if left.name.rpartition("-")[2].isdigit() and not _alive(int(left.name.rpartition("-")[2])):
-            log.warning("%s was left by a process that is gone: delete it", left)
+            log.warning("%s may be left by a process that was killed: delete it if nothing writes there", left)
     scratch, aside = (folder.with_name(f".{folder.name}.{word}-{os.getpid()}") for word in ("tmp", "old"))
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)

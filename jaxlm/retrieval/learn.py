@@ -14,7 +14,7 @@ from jaxlm.data.beir import beir_rows, read_beir, split_of
 from jaxlm.data.retrieval_batches import RetrievalBatch, RetrievalBatchConfig, RetrievalBatches
 from jaxlm.data.retrieval_rows import Passage, RetrievalRow, read_retrieval_rows
 from jaxlm.objective.contrastive_masks import GuideConfig
-from jaxlm.retrieval.embed import Kind, TextEncoder, bucket, embed_texts, tokenize
+from jaxlm.retrieval.embed import Kind, TextEncoder, embed_texts, tokenize
 from jaxlm.retrieval.packed_texts import Texts, pack
 from jaxlm.retrieval.towers import KINDS, Towers
 
@@ -99,8 +99,8 @@ class EncodedBatches:
         guide      {"query": [B, D], "passage": [B, P, D]} float32, with a guide
 
     Texts share rows (`pack`) with others of their group: there are `groups`, a multiple of the devices and of the
-    parts of GradCache. Widths are those of `bucket`, so there are few shapes. Every process makes the whole batch and
-    keeps its part; the K keys are always those of the whole batch.
+    parts of GradCache. Every process makes the whole batch and keeps its part; the K keys are always those of the whole
+    batch.
 
     ValueError for data without the scores that are asked for, and as `RetrievalBatches`.
     """
@@ -144,8 +144,7 @@ class EncodedBatches:
     def _encode(self, texts: Sequence[str], kind: Kind) -> Texts:
         encoder = self._towers.encoder(kind)
         ids, num_cut = tokenize(encoder, texts, kind)
-        width = min(bucket(max(map(len, ids))), encoder.max_length)
-        texts = pack(ids, width, self._groups)
+        texts = pack(ids, encoder.max_length, self._groups)
         self._places, self._tokens = self._places + texts.tokens.size, self._tokens + sum(map(len, ids))
         self._cut += num_cut
         return texts

@@ -1,6 +1,6 @@
 """Texts of all lengths in rows that several of them share, so that a training step computes little padding.
 
-Padded to the longest, half of a batch of Wikipedia paragraphs is padding; packed, about an eighth.
+Padded to the longest, half of a batch of Wikipedia paragraphs is padding; packed, about a fifth.
 """
 
 from bisect import bisect_left, insort
@@ -12,7 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.core.batch import power_of_two
-from jaxlm.retrieval.embed import COARSE, TextEncoder
+from jaxlm.retrieval.embed import TextEncoder
+
+LEAST = 8  # tokens of a row
+PARTS = 4  # of a power of two, for numbers of rows
 
 
 class Texts(NamedTuple):
@@ -32,17 +35,18 @@ class Texts(NamedTuple):
     places: Any = None   # int32 [G, n / G, W], packed only: where a text's tokens lie among those of its group
 
 
-def pack(ids: Sequence[Sequence[int]], width: int, groups: int = 1) -> Texts:
-    """Texts packed into rows of `width`; all groups have as many rows as the fullest one needs, or a few more.
+def pack(ids: Sequence[Sequence[int]], max_length: int, groups: int = 1) -> Texts:
+    """Texts of at most `max_length` tokens in rows; all groups have as many as the fullest one needs, or a few more.
 
-    Raises ValueError for texts that do not divide among the groups.
+    Rows are as wide as a power of two that holds the longest text, or `max_length`, and their numbers are rounded: few
+    shapes are few compiled programs. Raises ValueError for texts that do not divide among the groups.
     """
     if len(ids) % groups:
         raise ValueError(f"{len(ids)} texts do not divide into {groups} groups")
-    each = len(ids) // groups
+    each, width = len(ids) // groups, min(power_of_two(max(map(len, ids)), LEAST), max_length)
     shared = [share_rows([len(one) for one in ids[start:start + each]], width) for start in range(0, len(ids), each)]
     most = max(map(len, shared))
-    step = max(1, power_of_two(most) // COARSE)  # few numbers of rows are few compiled programs
+    step = max(1, power_of_two(most) // PARTS)
     num_rows = min(-(-most // step) * step, each)
     tokens, segments = np.zeros((2, groups, num_rows, width), np.int32)
     places = np.full((groups, each, width), -1, np.int32)

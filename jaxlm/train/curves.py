@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from jaxlm.core.log import read_metrics
 
 
@@ -10,8 +12,6 @@ def plot_curves(metrics: Path, output: Path) -> None:
 
     Panels without data are left out; series with one prefix (`eval/bpb_ko`, `eval/bpb_en`) share a panel.
     """
-    from matplotlib.figure import Figure  # takes longer to import than most commands that never draw need to start
-
     records = read_metrics(metrics)
     named = lambda prefix: sorted({name for record in records for name in record if name.startswith(prefix)})
     panels = {

@@ -72,6 +72,9 @@ def open_pretrained(source: str | Path) -> Pretrained:
         found = Pretrained(config, params, tokenizer, (), ChatTemplate(template) if template else None)
     elif (source / "checkpoints").is_dir():
         saved, files = saved_run(source)
+        if "model" not in saved:
+            raise ValueError(f"{source} is no run of a language model; of a retriever's give the folders that it "
+                             "exported: exported, or exported/query and exported/passage")
         tokenizer = tokenizer_from_files(files)
         config = flags.from_json(ModelConfig, saved["model"], "model.")
         chat = chat_template_from_files(files)
