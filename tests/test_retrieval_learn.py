@@ -226,6 +226,16 @@ def test_what_a_batch_holds():
     assert found == {(*np.sort(np.float32(row.negative_scores)), np.float32(row.positive_scores[0])) for row in rows}
 
 
+def test_processes_hold_the_parts_of_one_batch():
+    towers, config = siamese(tower(0)[0]), RetrievalBatchConfig(batch_size=B, num_negatives=P - 1)
+    whole = next(EncodedBatches(towers, sources(), config, groups=4))
+    parts = [next(EncodedBatches(towers, sources(), config, groups=4, loader=i, loaders=2)) for i in range(2)]
+    jax.tree.map(lambda x, *own: np.testing.assert_array_equal(x, np.concatenate(own)), whole, *parts)
+    assert whole["query"].tokens.shape[0] == 4 and parts[0]["query"].tokens.shape[0] == 2
+    with pytest.raises(ValueError, match="does not divide into 4 groups, or these among 3 data shards"):
+        EncodedBatches(towers, sources(), config, groups=4, loaders=3)
+
+
 def test_a_guide_is_its_vectors():
     encoder, params = tower(2)
     guide = make_guide(encoder, params, sources())
