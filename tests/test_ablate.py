@@ -5,7 +5,6 @@ import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -33,24 +32,24 @@ def called(monkeypatch):
     """Processes that leave what the recipes would."""
     lines = []
 
-    def run(line, check, env):
+    def run(line):
         module, given = line[2], line[3:]
         lines.append((module, given))
         options = dict(itertools.pairwise(given))
         if module == "recipes.evaluate":
             Path(options["--output"]).write_text(json.dumps({"results": {"facts_ko": {
                 "alias": "facts_ko", "acc,none": 0.5, "acc_stderr,none": 0.1}}}))
-            return SimpleNamespace(returncode=0)
+            return 0
         if options.get("--optim.lr") == "nan":
-            return SimpleNamespace(returncode=2)
+            return 2
         folder = Path(options["--folder"])
         (folder / "checkpoints/3").mkdir(parents=True)
         value = 1.0 + float(options.get("--optim.lr", 0)) + int(options["--seed"]) / 10
         records = [{"step": 0, "eval/bpb_ko": 9.0}, {"step": 3, "loss": 1.0}, {"step": 3, "eval/bpb_ko": value}]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        return SimpleNamespace(returncode=0)
+        return 0
 
-    monkeypatch.setattr(command.subprocess, "run", run)
+    monkeypatch.setattr(command, "run_process", run)
     return lines
 
 

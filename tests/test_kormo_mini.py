@@ -5,7 +5,6 @@ import itertools
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -28,7 +27,7 @@ def called(monkeypatch):
     """Processes that check their flags and leave what the recipes would."""
     lines = []
 
-    def run(line, check, env):
+    def run(line):
         module, arguments = line[2], line[3:]
         config = parsed(module, arguments)
         lines.append((module.removeprefix("recipes."), config, arguments))
@@ -51,9 +50,9 @@ def called(monkeypatch):
         else:
             (config.folder / "checkpoints/1").mkdir(parents=True)
             (config.folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "eval/bpb_ko": 0.5}) + "\n")
-        return SimpleNamespace(returncode=0)
+        return 0
 
-    monkeypatch.setattr(command.subprocess, "run", run)
+    monkeypatch.setattr(command, "run_process", run)
     return lines
 
 

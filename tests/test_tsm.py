@@ -4,7 +4,6 @@ import importlib
 import itertools
 import json
 import subprocess
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -35,19 +34,19 @@ def called(monkeypatch):
     """The commands that were run, in order."""
     found = []
 
-    def run(line, check, env):
+    def run(line):
         module, arguments = line[2], line[3:]
         found.append((module, arguments))
         if module != "recipes.train_retriever":
             importlib.import_module(module).main(arguments)
-            return SimpleNamespace(returncode=0)
+            return 0
         options = dict(itertools.pairwise(arguments))
         encoder, params = load_text_encoder(options["--init"])
         pushed = jax.tree.map(lambda leaf: leaf + len(found), params)
         save_text_encoder(f"{options['--folder']}/exported", encoder, pushed, architecture="bert")
-        return SimpleNamespace(returncode=0)
+        return 0
 
-    monkeypatch.setattr(command.subprocess, "run", run)
+    monkeypatch.setattr(command, "run_process", run)
     return found
 
 

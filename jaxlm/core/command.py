@@ -71,12 +71,14 @@ def run_recipe(recipe: str, result: Path | None, *arguments: object) -> None:
         return
     line = [sys.executable, "-m", f"recipes.{recipe}", *map(str, arguments)]
     log.info("$ %s", " ".join(["python", *line[1:]]))
-    if _finish(subprocess.Popen(line, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})):
+    if run_process(line):
         raise ValueError(f"recipes.{recipe} failed, see above; the same command goes on from here")
 
 
-def _finish(process: subprocess.Popen) -> int:
-    """Waits; what ends this process asks the other one to end too, and waits for what it still saves."""
+def run_process(line: Sequence[str]) -> int:
+    """Runs a command with this process's modules and returns its status; what ends this process asks the other one to
+    end too, and waits for what it still saves."""
+    process = subprocess.Popen(line, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
     try:
         return process.wait()
     except BaseException:
