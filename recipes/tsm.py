@@ -212,13 +212,13 @@ def rows_of(config: Config, specifier: str) -> Path:
 
 
 def train(config: Config, name: str, files: Sequence[Path], steps: int) -> Path:
-    """A model from the base; returns its export."""
+    """A model from the base, which says how much of a text is read; returns its export."""
     folder = config.own() / "models" / name
     run_training_recipe(
         "train_retriever", folder, "--init", config.own() / "base", "--data.train", *files,
         "--batch.batch-size", config.batch_size, "--batch.num-negatives", config.negatives, "--loop.steps", steps,
         "--loss.temperature", config.temperature, "--loss.similarity", config.similarity, "--optim.lr", config.lr,
-        "--max-length", config.max_length, "--seed", config.seeds[0], "--batch.seed", config.seeds[0])
+        "--seed", config.seeds[0], "--batch.seed", config.seeds[0])
     return folder / "exported"
 
 

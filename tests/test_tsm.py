@@ -3,7 +3,6 @@
 import importlib
 import itertools
 import json
-import subprocess
 
 import jax
 import numpy as np
@@ -206,7 +205,7 @@ def test_questions_of_a_folder_split_by_page(tmp_path):
 
 
 def test_errors(base, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 2))
+    monkeypatch.setattr(command, "run_process", lambda line: 2)
     pairs, few = rows_files(tmp_path / "rows"), rows_files(tmp_path / "few", count=4)
     one = ["--init", str(base), "--folder", str(tmp_path / "run")]
     # All go to one folder: what fails for reasons of the user leaves nothing that binds the next start.
