@@ -179,7 +179,8 @@ def test_loss_and_gradients_are_those_of_trl(name, models, tmp_path):
     print(f"{name}: loss {theirs:.6f}, relative error {abs(ours / theirs - 1):.1e}, of gradients "
           f"{max(errors.values()):.1e}")
     assert found.keys() == expected.keys()
-    assert float(ours) == pytest.approx(theirs, rel=RTOL)
+    # Terms of about 1 and of both signs cancel in the loss: rounding is relative to them.
+    assert float(ours) == pytest.approx(theirs, rel=RTOL, abs=RTOL / 10)
     assert max(errors.values()) < RTOL, errors
 
 
