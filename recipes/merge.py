@@ -175,9 +175,10 @@ def open_measure(config: Config) -> Measure | Callable[[Path], float] | None:
     how = config.search
     if not how.asked:
         return None
-    check_search(config.merge)
     if how.kind == "grid":
         candidates(config.merge, how, len(config.models))
+    else:
+        check_search(config.merge)
     if how.data:
         return retrieval_measure(how.data, how.measure)
     make = text_loss if how.kind == "losses" else text_measure

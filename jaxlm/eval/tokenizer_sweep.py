@@ -6,10 +6,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display where tokenizers are trained
-
 from matplotlib.figure import Figure
 
 from jaxlm.data.parallel_text import SIDES, Pair

@@ -28,9 +28,7 @@ def kth_largest(values: jax.Array, k: jax.Array) -> jax.Array:
     bounds, and each fixes three bits. 16 million values: 0.2 s on one core, where a sort takes 2 to 4.
     """
     bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(values).astype(jnp.float32), jnp.int32).reshape(-1)
-    # -1 lies below every bound: what is missing to whole blocks never counts.
-    rows = jnp.pad(bits, (0, -len(bits) % min(BLOCK, len(bits))), constant_values=-1)
-    rows = rows.reshape(-1, min(BLOCK, len(bits)))
+    rows = _blocks(bits, -1)  # which lies below every bound: what is missing to whole blocks never counts
 
     def narrow(i: jax.Array, low: jax.Array) -> jax.Array:
         bounds = low + (jnp.arange(1, 8) << jnp.asarray(STEPS)[i])
@@ -39,6 +37,12 @@ def kth_largest(values: jax.Array, k: jax.Array) -> jax.Array:
         return low + (jnp.sum(counts >= k, dtype=jnp.int32) << jnp.asarray(STEPS)[i])
 
     return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, len(STEPS), narrow, jnp.int32(0)), jnp.float32)
+
+
+def _blocks(x: jax.Array, fill: int) -> jax.Array:
+    """Rows of `BLOCK` numbers, or of all where there are fewer; the last one is filled up."""
+    width = min(BLOCK, len(x))
+    return jnp.pad(x, (0, -len(x) % width), constant_values=fill).reshape(-1, width)
 
 
 def _count_rows(rows: jax.Array, bounds: jax.Array) -> jax.Array:
@@ -61,15 +65,14 @@ def largest(values: jax.Array, k: jax.Array) -> jax.Array:
     """
     flat = jax.lax.stop_gradient(values).astype(jnp.float32).reshape(-1)
     bound = kth_largest(flat, jnp.maximum(k, 1))
-    width = min(BLOCK, len(flat))
     # Sums of rows of float32 are exact and what XLA has a fast loop for on CPU.
-    rows = lambda mask: jnp.pad(mask.astype(jnp.float32), (0, -len(mask) % width)).reshape(-1, width)
+    rows = lambda mask: _blocks(mask.astype(jnp.float32), 0)
     equal = rows(flat == bound)
     missing = k - jnp.sum(jnp.sum(rows(flat > bound), axis=1).astype(jnp.int32))
     until = jnp.cumsum(jnp.sum(equal, axis=1).astype(jnp.int32))
     row = jnp.minimum(jnp.sum(until < missing), len(equal) - 1)  # that of the last equal one which stays
     inside = jnp.cumsum(equal[row]).astype(jnp.int32) + jnp.where(row > 0, until[row - 1], 0)
-    last = row * width + jnp.sum(inside < missing)
+    last = row * equal.shape[1] + jnp.sum(inside < missing)
     keep = (flat > bound) | ((flat == bound) & (jnp.arange(len(flat)) <= last))
     return (keep & (k > 0)).reshape(values.shape)
 
